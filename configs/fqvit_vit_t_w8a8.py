@@ -1,0 +1,3 @@
+_base_ = './fqvit_vit_b_w8a8.py'
+
+model = dict(backbone=dict(arch='deit-tiny'), head=dict(in_channels=192))

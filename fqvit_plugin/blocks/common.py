@@ -1,0 +1,180 @@
+"""What the ViT and the Swin family share: building Q layers from a scheme, the MLP, patch embedding, heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
+from ..phase import QuantLayer
+from ..scheme import QuantScheme
+
+__all__ = ['LayerFactory', 'QFFN', 'QLinearAct', 'QNormAct', 'QPatchEmbed', 'QPooling', 'link', 'linked']
+
+
+class LayerFactory:
+    """Builds Q layers by the scheme's recipe for their kind of tensor.
+
+    Args:
+        scheme: the recipe.
+        device: where new scales live.
+    """
+
+    def __init__(self, scheme: QuantScheme, device: Any) -> None:
+        self.scheme = scheme
+        self.device = device
+
+    def act(self) -> QAct:
+        """Quantizer of an activation."""
+        return QAct(self.scheme.act).to(self.device)
+
+    def norm_input(self, channels: int) -> QAct:
+        """Quantizer of a residual stream, which a LayerNorm will read."""
+        return QAct(self.scheme.norm_input, channels).to(self.device)
+
+    def softmax(self) -> QIntSoftmax:
+        """Softmax with quantized probabilities."""
+        return QIntSoftmax(self.scheme.probs, self.scheme.log_int_softmax).to(self.device)
+
+    def linear(self, linear: nn.Linear) -> QLinear:
+        """Twin of a linear layer."""
+        return QLinear.from_float(linear, self.scheme.weight)
+
+    def conv(self, conv: nn.Conv2d) -> QConv2d:
+        """Twin of a convolution."""
+        return QConv2d.from_float(conv, self.scheme.weight)
+
+    def norm(self, norm: nn.LayerNorm) -> QIntLayerNorm:
+        """Twin of a LayerNorm."""
+        return QIntLayerNorm.from_float(norm, self.scheme.int_norm, self.scheme.arithmetic)
+
+
+def link(module: nn.Module, act: QAct) -> None:
+    """Let ``module`` know the layer that quantized its input, without owning it."""
+    module._input_act = (act,)  # in a tuple, so that it is no submodule and its scale no second state
+
+
+def linked(module: nn.Module) -> QAct:
+    """The layer that quantized the input of ``module``."""
+    return module._input_act[0]  # type: ignore[index]
+
+
+class QLinearAct(QLinear):
+    """A linear layer whose output is quantized too: a classifier, for instance."""
+
+    out_act: QAct
+
+    @classmethod
+    def wrap(cls, linear: nn.Linear, make: LayerFactory) -> QLinearAct:
+        """The twin of ``linear`` with a quantizer on its output."""
+        twin = cls.from_float(linear, make.scheme.weight)
+        twin.out_act = make.act()
+        return twin  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C_in) to (…, C_out), quantized."""
+        return self.out_act(super().forward(x))
+
+
+class QNormAct(QIntLayerNorm):
+    """A LayerNorm that knows its input's quantizer and quantizes its output."""
+
+    out_act: QAct
+
+    @classmethod
+    def wrap(cls, norm: nn.LayerNorm, input_act: QAct, make: LayerFactory) -> QNormAct:
+        """The twin of ``norm``, which reads what ``input_act`` quantized."""
+        twin = cls.from_float(norm, make.scheme.int_norm, make.scheme.arithmetic)
+        twin.out_act = make.act()
+        link(twin, input_act)
+        return twin  # type: ignore[return-value]
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """(…, C) to (…, C), quantized."""
+        return self.out_act(super().forward(x, linked(self), self.out_act))
+
+
+class QPooling(nn.Module):
+    """Global average pooling whose output is quantized; the forward of MMPretrain's neck."""
+
+    def __init__(self, neck: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        self.gap = neck.gap
+        self.out_act = make.act()
+
+    def forward(self, inputs: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, ...] | Tensor:
+        """A tuple of (B, C, H, W), or one, to (B, C) each."""
+        if isinstance(inputs, tuple):
+            return tuple(self.out_act(self.gap(x).flatten(1)) for x in inputs)
+        return self.out_act(self.gap(inputs).flatten(1))
+
+
+class QFFN(nn.Module):
+    """The MLP of mmcv and DeiT3 without its residual sum, which belongs to the block.
+
+    ``layers`` keeps the float twin's nesting, so that weights keep their names.
+    """
+
+    def __init__(self, ffn: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        (hidden, output, dropout) = ffn.layers  # num_fcs == 2: surgery refuses deeper ones
+        linear, activation, hidden_dropout = hidden
+        self.layers = nn.Sequential(
+            nn.Sequential(make.linear(linear), activation, hidden_dropout), make.linear(output), dropout
+        )
+        self.gamma2 = ffn.gamma2
+        self.dropout_layer = ffn.dropout_layer
+        self.hidden_act = make.act()
+        self.out_act = make.act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        linear, activation, hidden_dropout = self.layers[0]
+        x = hidden_dropout(self.hidden_act(activation(linear(x))))  # (B, N, 4C)
+        # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
+        x = self.out_act(self.gamma2(self.layers[1](x)))
+        return self.dropout_layer(self.layers[2](x))
+
+
+class QPatchEmbed(nn.Module):
+    """mmcv's PatchEmbed: image, convolution, tokens, and a LayerNorm for Swin.
+
+    Args:
+        embed: the float module.
+        make: builds Q layers.
+
+    The last quantizer is ``patch_act`` without a norm, ``norm_act`` with one.
+    """
+
+    def __init__(self, embed: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        self.adaptive_padding = embed.adaptive_padding
+        self.projection = make.conv(embed.projection)
+        self.norm = None if embed.norm is None else make.norm(embed.norm)
+        self.init_input_size, self.init_out_size = embed.init_input_size, embed.init_out_size
+        self.input_act = make.act() if make.scheme.input_quant else nn.Identity()
+        self.patch_act = make.act()
+        self.norm_act = None if embed.norm is None else make.act()
+
+    @property
+    def last_act(self) -> QAct:
+        """The quantizer whose grid the tokens are on."""
+        return self.patch_act if self.norm_act is None else self.norm_act
+
+    def forward(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """(B, 3, H, W) to (B, N, C) tokens and the grid they came from."""
+        x = self.input_act(x)
+        if self.adaptive_padding is not None:
+            x = self.adaptive_padding(x)
+        x = self.projection(x)
+        out_size = (x.shape[2], x.shape[3])
+        x = self.patch_act(x.flatten(2).transpose(1, 2))
+        if self.norm is not None:
+            x = self.norm_act(self.norm(x, self.patch_act, self.norm_act))
+        return x, out_size
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether surgery was already done on ``model``."""
+    return any(isinstance(m, QuantLayer) for m in model.modules())

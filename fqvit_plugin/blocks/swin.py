@@ -1,0 +1,167 @@
+"""Quantized twins of MMPretrain's Swin: window attention, block, patch merging.
+
+The twins keep the paths and the calls of what they replace: ``stages[s].blocks[b](x, hw_shape)`` and
+``stages[s].downsample(x, hw_shape)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import QAct
+from .common import QFFN, LayerFactory, QNormAct, QPatchEmbed, link, linked
+from .vit import check_ffn
+
+__all__ = ['QPatchMerging', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
+
+
+class QWindowMSA(nn.Module):
+    """Window attention with relative position bias, every product's operands on an integer grid."""
+
+    relative_position_index: Tensor
+
+    def __init__(self, attn: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        self.num_heads, self.window_size, self.scale = attn.num_heads, attn.window_size, attn.scale
+        self.relative_position_bias_table = attn.relative_position_bias_table
+        self.register_buffer('relative_position_index', attn.relative_position_index)
+        self.qkv = make.linear(attn.qkv)
+        self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
+        self.proj = make.linear(attn.proj)
+        self.qkv_act = make.act()
+        self.scores_act = make.act()  # q k^T
+        self.bias_table_act = make.act()
+        self.logits_act = make.act()  # scores and bias
+        self.probs = make.softmax()
+        self.context_act = make.act()
+        self.proj_act = make.act()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(windows B, N, C) to the same; ``mask`` is (windows, N, N), negative across window borders."""
+        windows, tokens, channels = x.shape
+        qkv = self.qkv_act(self.qkv(x))
+        qkv = qkv.reshape(windows, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (windows B, heads, N, D) each
+        scores = self.scores_act((q * self.scale) @ k.transpose(-2, -1))
+        logits = self.logits_act(scores + self._position_bias(tokens))  # (windows B, heads, N, N)
+        probs = self.attn_drop(self._softmax(logits, mask))
+        x = (probs @ v).transpose(1, 2).reshape(windows, tokens, channels)
+        return self.proj_drop(self.proj_act(self.proj(self.context_act(x))))
+
+    def _position_bias(self, tokens: int) -> Tensor:
+        table = self.bias_table_act(self.relative_position_bias_table)
+        bias = table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
+        return bias.permute(2, 0, 1).contiguous()  # (heads, N, N)
+
+    def _softmax(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        if mask is None:
+            return self.probs(logits, self.logits_act)
+        shape = logits.shape
+        logits = logits.view(-1, mask.shape[0], *shape[1:])  # (B, windows, heads, N, N)
+        return self.probs(logits, self.logits_act, mask[:, None]).view(shape)
+
+
+class QSwinBlock(nn.Module):
+    """Swin block; :func:`~fqvit_plugin.blocks.common.link` tells it what quantized its input."""
+
+    def __init__(self, block: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        channels = block.norm1.normalized_shape[0]
+        self.norm1, self.norm2 = make.norm(block.norm1), make.norm(block.norm2)
+        self.attn = block.attn  # windows, shifts and masks stay as they are
+        self.attn.w_msa = QWindowMSA(block.attn.w_msa, make)
+        self.ffn = QFFN(block.ffn, make)
+        self.norm1_act = make.act()
+        self.attn_residual_act = make.norm_input(channels)
+        self.norm2_act = make.act()
+        self.residual_act = make.norm_input(channels)
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """(B, H W, C) to (B, H W, C), on the grid of ``residual_act``."""
+        y = self.norm1_act(self.norm1(x, linked(self), self.norm1_act))
+        x = self.attn_residual_act(self.attn(y, hw_shape) + x)
+        y = self.norm2_act(self.norm2(x, self.attn_residual_act, self.norm2_act))
+        return self.residual_act(x + self.ffn(y))
+
+
+class QPatchMerging(nn.Module):
+    """mmcv's patch merging: unfold, LayerNorm, reduction."""
+
+    def __init__(self, merging: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = merging.in_channels, merging.out_channels
+        self.adaptive_padding, self.sampler = merging.adaptive_padding, merging.sampler
+        self.norm = make.norm(merging.norm)
+        self.reduction = make.linear(merging.reduction)
+        self.norm_act = make.act()
+        self.residual_act = make.norm_input(merging.out_channels)
+
+    def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """(B, H W, C) to (B, H/2 W/2, C'), on the grid of ``residual_act``, and the new height and width."""
+        batch, _, channels = x.shape
+        x = x.view(batch, *input_size, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
+        if self.adaptive_padding is not None:
+            x = self.adaptive_padding(x)
+        kernel, stride, dilation = (getattr(self.sampler, k) for k in ('kernel_size', 'stride', 'dilation'))
+        height, width = (
+            (x.shape[2 + i] + 2 * self.sampler.padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
+            for i in range(2)
+        )
+        x = self.sampler(x).transpose(1, 2)  # (B, H/2 W/2, 4C), the four neighbours of a channel side by side
+        x = self.norm_act(self.norm(x, linked(self), self.norm_act, repeat=kernel[0] * kernel[1]))
+        return self.residual_act(self.reduction(x)), (height, width)
+
+
+class _QPositionedDropout(nn.Module):
+    """Quantizes the sum of patches and absolute position embedding, then drops as the float model does."""
+
+    def __init__(self, dropout: nn.Module, channels: int, make: LayerFactory) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.residual_act = make.norm_input(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        return self.dropout(self.residual_act(x))
+
+
+def check_swin(backbone: nn.Module) -> None:
+    """Refuse the variants these twins do not cover.
+
+    Raises:
+        ValueError: names the part that is not covered.
+    """
+    for s, stage in enumerate(backbone.stages):
+        if stage.downsample is not None and not isinstance(stage.downsample.norm, nn.LayerNorm):
+            raise ValueError(f'stages.{s}.downsample has no LayerNorm, which is not covered')
+        for b, block in enumerate(stage.blocks):
+            check_ffn(block.ffn, f'stages.{s}.blocks.{b}.ffn')
+
+
+def quantize_swin_(backbone: nn.Module, make: LayerFactory) -> None:
+    """Put quantized twins into a Swin, in place.
+
+    Raises:
+        ValueError: a part is not covered; nothing was changed.
+    """
+    check_swin(backbone)
+    backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
+    previous: QAct = backbone.patch_embed.last_act
+    if backbone.use_abs_pos_embed:
+        backbone.drop_after_pos = _QPositionedDropout(backbone.drop_after_pos, backbone.embed_dims, make)
+        previous = backbone.drop_after_pos.residual_act
+    for s, stage in enumerate(backbone.stages):
+        for b, block in enumerate(stage.blocks):
+            stage.blocks[b] = QSwinBlock(block, make)
+            link(stage.blocks[b], previous)
+            previous = stage.blocks[b].residual_act
+        feature_act = previous
+        if stage.downsample is not None:
+            stage.downsample = QPatchMerging(stage.downsample, make)
+            link(stage.downsample, previous)
+            previous = stage.downsample.residual_act
+        if s in backbone.out_indices:
+            read = previous if backbone.out_after_downsample else feature_act
+            norm = getattr(backbone, f'norm{s}')
+            setattr(backbone, f'norm{s}', QNormAct.wrap(norm, read, make))

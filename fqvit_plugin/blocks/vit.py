@@ -1,0 +1,206 @@
+"""Quantized twins of MMPretrain's plain ViTs: VisionTransformer, DistilledVisionTransformer, DeiT3.
+
+The twins keep the paths and the call of what they replace: ``backbone.layers[i](x)``.
+"""
+
+from __future__ import annotations
+
+import torch
+from mmpretrain.models import DeiT3, DistilledVisionTransformer, VisionTransformer
+from mmpretrain.models.backbones.deit3 import DeiT3TransformerEncoderLayer
+from mmpretrain.models.utils import resize_pos_embed
+from torch import Tensor, nn
+
+from ..layers import QAct
+from .common import QFFN, LayerFactory, QPatchEmbed, link, linked
+
+__all__ = ['QDeiT3', 'QDistilledVisionTransformer', 'QEncoderBlock', 'QMultiheadAttention', 'QVisionTransformer']
+
+
+class QMultiheadAttention(nn.Module):
+    """Multi-head self-attention with every product's operands on an integer grid."""
+
+    def __init__(self, attn: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        self.num_heads, self.head_dims = attn.num_heads, attn.head_dims
+        self.qkv = make.linear(attn.qkv)
+        self.proj = make.linear(attn.proj)
+        self.proj_drop, self.out_drop, self.gamma1 = attn.proj_drop, attn.out_drop, attn.gamma1
+        self.attn_drop = nn.Dropout(attn.attn_drop)
+        self.qkv_act = make.act()
+        self.logits_act = make.act()
+        self.probs = make.softmax()
+        self.context_act = make.act()
+        self.proj_act = make.act()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        batch, tokens, _ = x.shape
+        qkv = self.qkv_act(self.qkv(x))
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dims).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (B, heads, N, D) each
+        logits = self.logits_act(q @ k.transpose(-2, -1) * self.head_dims**-0.5)  # (B, heads, N, N)
+        probs = self.attn_drop(self.probs(logits, self.logits_act))
+        x = (probs @ v).transpose(1, 2).reshape(batch, tokens, -1)
+        x = self.proj_act(self.gamma1(self.proj(self.context_act(x))))
+        return self.out_drop(self.proj_drop(x))
+
+
+class QEncoderBlock(nn.Module):
+    """Pre-norm encoder block; :func:`~fqvit_plugin.blocks.common.link` tells it what quantized its input.
+
+    MMPretrain 1.2.0's DeiT3 block normalizes twice with ``ln1`` and never uses ``ln2``; the twin does as it does.
+    """
+
+    def __init__(self, block: nn.Module, make: LayerFactory) -> None:
+        super().__init__()
+        channels = block.ln1.normalized_shape[0]
+        self.ln1, self.ln2 = make.norm(block.ln1), make.norm(block.ln2)
+        self.attn = QMultiheadAttention(block.attn, make)
+        self.ffn = QFFN(block.ffn, make)
+        self.norm1_act = make.act()
+        self.attn_residual_act = make.norm_input(channels)
+        self.norm2_act = make.act()
+        self.residual_act = make.norm_input(channels)
+        self._second_norm = 'ln1' if isinstance(block, DeiT3TransformerEncoderLayer) else 'ln2'
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C), on the grid of ``residual_act``."""
+        y = self.norm1_act(self.ln1(x, linked(self), self.norm1_act))
+        x = self.attn_residual_act(x + self.attn(y))
+        norm = getattr(self, self._second_norm)
+        y = self.norm2_act(norm(x, self.attn_residual_act, self.norm2_act))
+        return self.residual_act(x + self.ffn(y))
+
+
+class QVisionTransformer(VisionTransformer):
+    """MMPretrain's VisionTransformer after surgery; made by :func:`quantize_vit_`, not constructed."""
+
+    embed_act: QAct  # class token and patches
+    pos_act: QAct  # position embedding
+    residual_act: QAct  # their sum
+    pooled_act: QAct | None  # mean of the patches, where the model takes it
+    output_act: QAct  # what leaves the backbone
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W) to the features of ``out_indices``, as the float backbone gives them."""
+        x, hw = self.patch_embed(x)
+        x = self.drop_after_pos(self.residual_act(self._add_position(x, hw)))
+        outs = []
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            normed = i == len(self.layers) - 1 and self.final_norm
+            if i in self.out_indices:
+                outs.append(self._features(x, hw, normed))
+        return tuple(outs)
+
+    def _prefix(self, batch: int) -> list[Tensor]:
+        return [] if self.cls_token is None else [self.cls_token.expand(batch, -1, -1)]
+
+    def _position(self, hw: tuple[int, int], extra_tokens: int) -> Tensor:
+        position = resize_pos_embed(
+            self.pos_embed, self.patch_resolution, hw, self.interpolate_mode, extra_tokens
+        )
+        return self.pos_act(position)
+
+    def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor:
+        tokens = self.embed_act(torch.cat((*self._prefix(len(patches)), patches), dim=1))
+        return tokens + self._position(hw, self.num_extra_tokens)
+
+    def _features(self, x: Tensor, hw: tuple[int, int], normed: bool) -> Tensor | tuple[Tensor, ...]:
+        residual = self.layers[-1].residual_act
+        if self.out_type == 'avg_featmap':
+            return self._mean_features(x, residual, normed)
+        if normed:
+            x = self.ln1(x, residual, self.output_act)
+        features = self._format_output(x, hw)
+        if not normed:
+            return features
+        # Quantized after the pick, so that the range is that of the tokens the head will see.
+        if isinstance(features, tuple):
+            return self.output_act(torch.stack(features)).unbind(0)
+        return self.output_act(features)
+
+    def _mean_features(self, x: Tensor, residual: QAct, normed: bool) -> Tensor:
+        if normed:
+            x = self.token_act(self.ln1(x, residual, self.token_act))
+        pooled = self.pooled_act(x[:, self.num_extra_tokens :].mean(dim=1))
+        return self.output_act(self.ln2(pooled, self.pooled_act, self.output_act))
+
+
+class QDistilledVisionTransformer(QVisionTransformer, DistilledVisionTransformer):
+    """MMPretrain's DistilledVisionTransformer after surgery."""
+
+    def _prefix(self, batch: int) -> list[Tensor]:
+        return [token.expand(batch, -1, -1) for token in (self.cls_token, self.dist_token)]
+
+
+class QDeiT3(QVisionTransformer, DeiT3):
+    """MMPretrain's DeiT3 after surgery: the class token joins after the position embedding."""
+
+    def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor:
+        tokens = self.embed_act(patches) + self._position(hw, 0)
+        return torch.cat((*self._prefix(len(patches)), tokens), dim=1)
+
+
+#: float backbone -> its class after surgery
+TWINS: dict[type[nn.Module], type[nn.Module]] = {
+    VisionTransformer: QVisionTransformer,
+    DistilledVisionTransformer: QDistilledVisionTransformer,
+    DeiT3: QDeiT3,
+}
+
+
+def check_vit(backbone: nn.Module) -> None:
+    """Refuse the variants these twins do not cover.
+
+    Raises:
+        ValueError: names the part that is not covered.
+    """
+    if not isinstance(getattr(backbone, 'pre_norm', nn.Identity()), nn.Identity):
+        raise ValueError(f'{type(backbone).__name__} with pre_norm=True (CLIP) is not covered')
+    for i, layer in enumerate(backbone.layers):
+        for path in ('ln1', 'ln2'):
+            if not isinstance(getattr(layer, path), nn.LayerNorm):
+                raise ValueError(f'layers.{i}.{path} is a {type(getattr(layer, path)).__name__}, not a LayerNorm')
+        check_ffn(layer.ffn, f'layers.{i}.ffn')
+        if getattr(layer.attn, 'v_shortcut', False):
+            raise ValueError(f'layers.{i}.attn has a value shortcut, which is not covered')
+
+
+def check_ffn(ffn: nn.Module, path: str) -> None:
+    """Refuse MLPs that are not two linear layers with an activation between.
+
+    Raises:
+        ValueError: names the MLP.
+    """
+    if not hasattr(ffn, 'layers') or len(ffn.layers) != 3:
+        raise ValueError(f'{path} is a {type(ffn).__name__} with other than two linear layers: not covered')
+
+
+def quantize_vit_(backbone: nn.Module, make: LayerFactory) -> None:
+    """Put quantized twins into a plain ViT, in place.
+
+    Raises:
+        ValueError: a part is not covered; nothing was changed.
+    """
+    check_vit(backbone)
+    backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
+    channels = backbone.embed_dims
+    backbone.embed_act, backbone.pos_act = make.act(), make.act()
+    backbone.residual_act = make.norm_input(channels)
+    previous = backbone.residual_act
+    for i, layer in enumerate(backbone.layers):
+        backbone.layers[i] = QEncoderBlock(layer, make)
+        link(backbone.layers[i], previous)
+        previous = backbone.layers[i].residual_act
+    if backbone.final_norm:
+        backbone.ln1 = make.norm(backbone.ln1)
+    if backbone.out_type == 'avg_featmap':
+        backbone.ln2 = make.norm(backbone.ln2)
+        backbone.pooled_act = make.norm_input(channels)
+        if backbone.final_norm:
+            backbone.token_act = make.act()
+    if backbone.final_norm or backbone.out_type == 'avg_featmap':
+        backbone.output_act = make.act()
+    backbone.__class__ = TWINS[type(backbone)]

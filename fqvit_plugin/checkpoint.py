@@ -1,0 +1,116 @@
+"""Calibrated checkpoints: float weights, scales and zero points in one MMEngine checkpoint.
+
+The state dict holds everything under the names of the quantized model; ``meta['fqvit']`` says which scheme it is,
+which keys are scales and zero points, and which images they were taken on.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import torch
+from mmengine.runner import save_checkpoint
+from torch import Tensor, nn
+
+from .lifecycle import named_quantizers
+from .scheme import QuantScheme
+from .surgery import find_classifier
+
+__all__ = ['CalibratedState', 'load_calibrated_', 'save_calibrated', 'take_calibrated']
+
+_KEY = 'fqvit'
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CalibratedState:
+    """Scheme and quantizer buffers of a calibrated checkpoint."""
+
+    scheme: QuantScheme
+    buffers: dict[str, Tensor]
+
+
+def save_calibrated(
+    path: str | os.PathLike, model: nn.Module, scheme: QuantScheme, images: Sequence[str] = ()
+) -> None:
+    """Write the calibrated ``model``; aside first, so an interruption leaves no half-written file.
+
+    Args:
+        path: of the checkpoint.
+        model: calibrated classifier, also inside a wrapper.
+        scheme: the recipe it was calibrated with.
+        images: names of the calibration images; only base names are kept.
+    """
+    classifier = find_classifier(model)
+    buffers = [f'{name}.{key}' for name, q in named_quantizers(classifier) for key, _ in q.named_buffers()]
+    meta = dict(
+        mmengine_version=mmengine.__version__,
+        dataset_meta=getattr(classifier, 'dataset_meta', None),
+        **{
+            _KEY: dict(
+                format=_FORMAT,
+                scheme=scheme.to_dict(),
+                buffers=buffers,
+                images=[os.path.basename(name) for name in images],
+            )
+        },
+    )
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    try:
+        state = {k: v.detach().cpu() for k, v in classifier.state_dict().items()}
+        save_checkpoint({'state_dict': state, 'meta': meta}, str(aside))
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def take_calibrated(checkpoint: MutableMapping[str, Any], expected: QuantScheme) -> CalibratedState | None:
+    """Take scales and zero points out of a loaded ``checkpoint``; ``None`` if it is a float one.
+
+    Raises:
+        ValueError: it was calibrated with another scheme than ``expected``, or its parts do not fit together.
+    """
+    info = checkpoint.get('meta', {}).get(_KEY)
+    if info is None:
+        return None
+    if info.get('format') != _FORMAT:
+        raise ValueError(f'calibrated checkpoint of format {info.get("format")!r}; this version reads {_FORMAT}')
+    scheme = QuantScheme.from_dict(info['scheme'])
+    if different := scheme.differences(expected):
+        raise ValueError(
+            'the checkpoint was calibrated with another scheme (checkpoint != config): ' + '; '.join(different)
+            + '. Set quant_scheme to the one it was calibrated with, or start from the float checkpoint'
+        )
+    state_dict = checkpoint['state_dict']
+    missing = [key for key in info['buffers'] if key not in state_dict]
+    if missing:
+        raise ValueError(f'the calibrated checkpoint is incomplete: {missing[0]} and {len(missing) - 1} more missing')
+    return CalibratedState(scheme, {key: state_dict.pop(key) for key in info['buffers']})
+
+
+def load_calibrated_(model: nn.Module, state: CalibratedState) -> None:
+    """Put the scales and zero points of ``state`` in force in a quantized ``model``.
+
+    Raises:
+        ValueError: they do not fit the model.
+    """
+    classifier = find_classifier(model)
+    own = {f'{n}.{k}': b for n, q in named_quantizers(classifier) for k, b in q.named_buffers()}
+    if unknown := sorted(set(own) ^ set(state.buffers)):
+        raise ValueError(f'the calibrated checkpoint is of another model: {unknown[0]} is only on one side')
+    for key, value in state.buffers.items():
+        if own[key].shape != value.shape:
+            raise ValueError(
+                f'the calibrated checkpoint is of another model: {key} has shape {tuple(value.shape)}, '
+                f'the model wants {tuple(own[key].shape)}'
+            )
+    with torch.no_grad():
+        for key, value in state.buffers.items():
+            own[key].copy_(value)

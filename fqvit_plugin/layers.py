@@ -1,0 +1,273 @@
+"""The Q layers: QConv2d, QLinear, QAct, QIntLayerNorm, QIntSoftmax.
+
+In phase ``FLOAT`` each computes exactly what the float layer it stands for computes. ``from_float`` shares the
+float layer's parameters, it never copies them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
+from torch import Tensor, nn
+
+from .functional import Arithmetic
+from .intmath import (
+    int_layernorm,
+    int_layernorm_reference,
+    log_int_softmax,
+    log_int_softmax_reference,
+)
+from .phase import Phase, QuantLayer
+from .quantizers import UniformQuantizer, build_quantizer
+from .registry import LAYERS
+from .scheme import BitType, QuantSpec
+
+__all__ = ['QAct', 'QConv2d', 'QIntLayerNorm', 'QIntSoftmax', 'QLinear']
+
+WEIGHT_SPEC = QuantSpec(BitType(8, signed=True), axis=0)
+ACT_SPEC = QuantSpec(BitType(8, signed=False))
+
+
+def _register(cls: type) -> type:
+    """Found as ``type='fqvit_plugin.QLinear'`` anywhere, and as ``type='QLinear'`` in MMPretrain."""
+    LAYERS.register_module(module=cls)
+    MMPRETRAIN_MODELS.register_module(module=cls, force=True)
+    return cls
+
+
+def _parse_spec(spec: QuantSpec | Mapping[str, Any]) -> QuantSpec:
+    """A QuantSpec, also from a config's ``dict(bit_type='int8', observer='minmax', …)``."""
+    if isinstance(spec, QuantSpec):
+        return spec
+    values = dict(spec)
+    values['bit_type'] = BitType.parse(values.get('bit_type', 'uint8'))
+    try:
+        return QuantSpec(**values)
+    except TypeError as error:
+        raise ValueError(f'not a tensor recipe: {error}') from None
+
+
+class _QWeightLayer(QuantLayer):
+    """A layer whose weight is quantized (abstract); the bias stays float, as in the paper."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    weight_quantizer: UniformQuantizer
+
+    def _init_weight_quantizer(self, spec: QuantSpec | Mapping[str, Any]) -> None:
+        parsed = _parse_spec(spec)
+        channels = None if parsed.axis is None else self.weight.shape[parsed.axis]
+        self.weight_quantizer = build_quantizer(parsed, channels)
+        self.weight_quantizer.to(self.weight.device)
+
+    def weight_in_phase(self) -> Tensor:
+        """The weight as this phase wants it; the one and only observation happens in the last calibration pass."""
+        if self.phase is Phase.QUANT:
+            return self.weight_quantizer(self.weight)
+        if self.phase is Phase.LAST_CALIBRATE and not self.weight_quantizer.is_taken:
+            self.weight_quantizer.observe(self.weight)
+            self.weight_quantizer.take_qparams(self.weight)
+        return self.weight
+
+
+@_register
+class QConv2d(_QWeightLayer, nn.Conv2d):
+    """2-D convolution with a quantized weight; arguments as ``nn.Conv2d``'s, and ``spec`` for the weight."""
+
+    def __init__(self, *args: Any, spec: QuantSpec | Mapping[str, Any] = WEIGHT_SPEC, **kwargs: Any) -> None:
+        nn.Conv2d.__init__(self, *args, **kwargs)
+        self._init_weight_quantizer(spec)
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, spec: QuantSpec) -> QConv2d:
+        """The quantized twin of ``conv``, on the same parameters."""
+        twin = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, conv.padding_mode, device='meta', spec=spec,
+        )  # fmt: skip
+        return _adopt(twin, conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, H, W) to (B, C_out, H', W')."""
+        return self._conv_forward(x, self.weight_in_phase(), self.bias)
+
+
+@_register
+class QLinear(_QWeightLayer, nn.Linear):
+    """Linear layer with a quantized weight; arguments as ``nn.Linear``'s, and ``spec`` for the weight."""
+
+    def __init__(self, *args: Any, spec: QuantSpec | Mapping[str, Any] = WEIGHT_SPEC, **kwargs: Any) -> None:
+        nn.Linear.__init__(self, *args, **kwargs)
+        self._init_weight_quantizer(spec)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, spec: QuantSpec) -> QLinear:
+        """The quantized twin of ``linear``, on the same parameters."""
+        bias = linear.bias is not None
+        twin = cls(linear.in_features, linear.out_features, bias, device='meta', spec=spec)
+        return _adopt(twin, linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C_in) to (…, C_out)."""
+        return F.linear(x, self.weight_in_phase(), self.bias)
+
+
+def _adopt(twin: Any, original: nn.Module) -> Any:
+    """Give ``twin`` the parameters and the mode of ``original``; its quantizer moves to their device."""
+    twin.weight, twin.bias = original.weight, original.bias
+    twin._init_weight_quantizer(twin.weight_quantizer.spec)
+    return twin.train(original.training)
+
+
+@_register
+class QAct(QuantLayer):
+    """A tensor's quantizer as a layer: the identity in float, the nearest grid point under quant.
+
+    Args:
+        spec: recipe of the tensor.
+        channels: length of ``spec.axis``, when it keeps its own scales.
+    """
+
+    def __init__(self, spec: QuantSpec | Mapping[str, Any] = ACT_SPEC, channels: int | None = None) -> None:
+        super().__init__()
+        self.quantizer = build_quantizer(_parse_spec(spec), channels)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale in force."""
+        return self.quantizer.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape out as in."""
+        if self.phase is Phase.FLOAT:
+            return x
+        if self.phase is Phase.QUANT:
+            return self.quantizer(x)
+        self.quantizer.observe(x)
+        if self.phase is Phase.LAST_CALIBRATE:
+            self.quantizer.take_qparams(x)
+        return x
+
+
+@_register
+class QIntLayerNorm(QuantLayer, nn.LayerNorm):
+    """LayerNorm over the last axis that runs on integer codes under quant.
+
+    Args:
+        normalized_shape: number of channels C.
+        eps: as LayerNorm's.
+        elementwise_affine: as LayerNorm's.
+        integer: integer arithmetic under quant; ``False`` keeps it float.
+        arithmetic: ``'strict'`` or ``'reference'``.
+
+    Source: FQ-ViT, section 4.1 (Power-of-Two Factor).
+    """
+
+    def __init__(
+        self,
+        normalized_shape: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        integer: bool = True,
+        arithmetic: Arithmetic = 'strict',
+    ) -> None:
+        if not isinstance(normalized_shape, int):
+            raise ValueError(f'normalized_shape must be a whole number of channels, got {normalized_shape!r}')
+        nn.LayerNorm.__init__(self, normalized_shape, eps, elementwise_affine)
+        self.integer = integer
+        self.arithmetic = arithmetic
+
+    @classmethod
+    def from_float(cls, norm: nn.LayerNorm, integer: bool, arithmetic: Arithmetic) -> QIntLayerNorm:
+        """The quantized twin of ``norm``, on the same parameters."""
+        (channels,) = norm.normalized_shape
+        twin = cls(channels, norm.eps, False, integer, arithmetic)
+        twin.elementwise_affine = norm.elementwise_affine
+        twin.weight, twin.bias = norm.weight, norm.bias
+        return twin.train(norm.training)
+
+    def forward(
+        self, x: Tensor, in_act: QAct | None = None, out_act: QAct | None = None, repeat: int = 1
+    ) -> Tensor:
+        """Normalize the last axis.
+
+        Args:
+            x: (…, C); under quant on the grid of ``in_act``.
+            in_act: the layer that quantized ``x``.
+            out_act: the layer that will quantize the result; its scale is the output grid.
+            repeat: each channel of ``in_act`` stands ``repeat`` times in a row in ``x`` (patch merging: 4).
+
+        Raises:
+            ValueError: integer arithmetic without ``in_act`` and ``out_act``.
+        """
+        if self.phase is not Phase.QUANT or not self.integer:
+            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        if in_act is None or out_act is None:
+            raise ValueError('the integer LayerNorm needs in_act and out_act: the grids it reads and writes')
+        source = in_act.quantizer
+        in_scale = source.scale if source.scale.ndim == 0 else source.scale.repeat_interleave(repeat)
+        weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
+        bias = torch.zeros_like(weight) if self.bias is None else self.bias
+        if self.arithmetic == 'reference':
+            return int_layernorm_reference(x, in_scale, out_act.scale, weight, bias)
+        span = source.spec.bit_type.qmax - source.spec.bit_type.qmin
+        in_range = span * (1 if in_scale.ndim == 0 else 8)  # 8: PTF's largest factor
+        return int_layernorm(x, in_scale, in_range, out_act.scale, weight, bias, self.eps)
+
+
+@_register
+class QIntSoftmax(QuantLayer):
+    """Softmax over the last axis with quantized probabilities.
+
+    Args:
+        spec: recipe of the probabilities; its quantizer (``'uniform'`` or ``'log2'``) serves the float softmax.
+        log_int: Log-Int-Softmax, integer from the logits' codes on, instead of a float softmax.
+
+    Source: FQ-ViT, section 4.2.
+    """
+
+    def __init__(self, spec: QuantSpec | Mapping[str, Any] = ACT_SPEC, log_int: bool = False) -> None:
+        super().__init__()
+        self.log_int = log_int
+        self.spec = _parse_spec(spec)
+        self.quantizer = None if log_int else build_quantizer(self.spec)
+
+    def forward(self, logits: Tensor, in_act: QAct | None = None, mask: Tensor | None = None) -> Tensor:
+        """Probabilities of the last axis.
+
+        Args:
+            logits: (…, N); for Log-Int-Softmax under quant on the grid of ``in_act``.
+            in_act: the layer that quantized the logits.
+            mask: additive, broadcasts to ``logits``; negative where attention is forbidden.
+
+        Raises:
+            ValueError: Log-Int-Softmax without ``in_act``.
+        """
+        if self.log_int and self._integer_now():
+            if in_act is None:
+                raise ValueError('Log-Int-Softmax needs in_act: the grid of the logits')
+            return self._log_int(logits, in_act.quantizer.latest_scale, mask)
+        probabilities = torch.softmax(logits if mask is None else logits + mask, dim=-1)
+        if self.quantizer is None or self.phase is Phase.FLOAT:
+            return probabilities
+        if self.phase is Phase.QUANT:
+            return self.quantizer(probabilities)
+        self.quantizer.observe(probabilities)
+        if self.phase is Phase.LAST_CALIBRATE:
+            self.quantizer.take_qparams(probabilities)
+        return probabilities
+
+    def _integer_now(self) -> bool:
+        # The published scales were taken on a last batch that had already passed through Log-Int-Softmax.
+        reference_quirk = self.spec.arithmetic == 'reference' and self.phase is Phase.LAST_CALIBRATE
+        return self.phase is Phase.QUANT or reference_quirk
+
+    def _log_int(self, logits: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
+        bits = self.spec.bit_type.bits
+        if self.spec.arithmetic == 'reference':
+            return log_int_softmax_reference(logits if mask is None else logits + mask, scale, bits)
+        return log_int_softmax(logits, scale, bits, mask)

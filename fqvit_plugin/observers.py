@@ -1,0 +1,324 @@
+"""Observers find the range of a tensor: ``update(x)`` with every batch, ``qparams(x)`` with the last one.
+
+To add one, subclass :class:`Observer` (or :class:`RangeObserver` when it keeps a low and a high end), decorate it
+with ``@OBSERVERS.register_module()``, and name it in ``get_scheme(observer=...)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .functional import Arithmetic, affine_qparams, fake_quantize, flatten_channels, symmetric_qparams
+from .registry import OBSERVERS
+
+if TYPE_CHECKING:
+    from .scheme import BitType
+
+__all__ = [
+    'EmaObserver',
+    'MinMaxObserver',
+    'Observer',
+    'OmseObserver',
+    'PercentileObserver',
+    'PtfObserver',
+    'RangeObserver',
+]
+
+#: Elements worked on at a time in a search: small enough to stay in a core's cache.
+_CHUNK = 1 << 16
+#: torch.quantile refuses more elements than this, where the reference falls back on numpy's float64 ranks.
+_TORCH_QUANTILE_LIMIT = 16_000_000
+
+
+class Observer(ABC):
+    """Finds scale and zero point of one tensor from batches of it.
+
+    A batch is first *measured*, a pure function of that batch, and the measurements are *folded* in batch order.
+    The split is what lets several processes measure different batches and agree on one result (distributed.py).
+
+    Args:
+        bit_type: the integers to cover.
+        axis: the axis that keeps its own scale, ``None`` for one scale.
+        arithmetic: ``'strict'`` or ``'reference'``.
+    """
+
+    #: One zero point for all channels although each has its own scale.
+    shared_zero_point = False
+
+    def __init__(
+        self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict'
+    ) -> None:
+        self.bit_type = bit_type
+        self.axis = axis
+        self.arithmetic = arithmetic
+        #: None: measurements are folded as they come. A list: they wait there for their turn among the ranks'.
+        self.deferred: list[Tensor] | None = None
+
+    @property
+    def channels_kept(self) -> bool:
+        """Whether ``qparams`` gives a scale per channel."""
+        return self.axis is not None
+
+    def update(self, x: Tensor) -> None:
+        """Take one batch into account.
+
+        Raises:
+            ValueError: ``x`` is empty, or holds NaN or infinity.
+        """
+        if x.numel() == 0:
+            raise ValueError('cannot observe an empty tensor')
+        measured = self.measure(x.detach().float())
+        if not torch.isfinite(measured).all():
+            raise ValueError('the tensor holds NaN or infinity')
+        if self.deferred is None:
+            self.fold(measured)
+        else:
+            self.deferred.append(measured)
+
+    @abstractmethod
+    def measure(self, x: Tensor) -> Tensor:
+        """What one batch tells, as a small tensor; NaN or infinity in ``x`` must show in it."""
+
+    @abstractmethod
+    def fold(self, measured: Tensor) -> None:
+        """Add one measurement to what is known; called in batch order."""
+
+    @abstractmethod
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and int32 zero point; ``x`` is the last batch, which the searching observers score on.
+
+        Raises:
+            RuntimeError: nothing was observed yet.
+        """
+
+
+class RangeObserver(Observer):
+    """An observer that keeps a low and a high end per channel (abstract)."""
+
+    def __init__(
+        self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict'
+    ) -> None:
+        super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
+        self.range: Tensor | None = None  # (2, C): low ends, high ends
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Minimum and maximum per channel, shape (2, C)."""
+        lo, hi = flatten_channels(x, self.axis).aminmax(dim=1)
+        return torch.stack((lo, hi))
+
+    def fold(self, measured: Tensor) -> None:
+        """Widen the range to hold the new one."""
+        if self.range is None:
+            self.range = measured
+        else:
+            self.range = torch.stack(
+                (torch.minimum(self.range[0], measured[0]), torch.maximum(self.range[1], measured[1]))
+            )
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Low and high end, shape (C,), or () for one scale.
+
+        Raises:
+            RuntimeError: nothing was observed yet.
+        """
+        if self.range is None:
+            raise RuntimeError(f'{type(self).__name__} has observed nothing yet: call update(x) first')
+        lo, hi = self.range
+        return (lo, hi) if self.channels_kept else (lo.squeeze(0), hi.squeeze(0))
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid over the range: symmetric for signed types, affine for unsigned ones."""
+        return self._grid(*self.bounds())
+
+    def _grid(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        grid = symmetric_qparams if self.bit_type.signed else affine_qparams
+        return grid(lo, hi, self.bit_type.qmin, self.bit_type.qmax, self.arithmetic)
+
+
+@OBSERVERS.register_module(name=['minmax', 'MinMaxObserver'])
+class MinMaxObserver(RangeObserver):
+    """The smallest and the largest value ever seen."""
+
+
+class _AveragedRange(RangeObserver):
+    """A range averaged over batches with exponentially fading weights (abstract).
+
+    Strict arithmetic divides by the sum of the weights, so every batch counts from the first on; the reference
+    starts at the first batch, which keeps 91 % of the weight after ten batches at its sigma of 0.01.
+    """
+
+    def __init__(
+        self,
+        bit_type: BitType,
+        *,
+        axis: int | None = None,
+        arithmetic: Arithmetic = 'strict',
+        sigma: float | None = None,
+    ) -> None:
+        super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
+        self.sigma = sigma if sigma is not None else (0.1 if arithmetic == 'strict' else 0.01)
+        if not 0 < self.sigma <= 1:
+            raise ValueError(f'sigma must be in (0, 1], got {self.sigma}')
+        self._weight = 0.0
+
+    def fold(self, measured: Tensor) -> None:
+        """Move the range towards the new one by its share of the weight."""
+        if self.range is None:
+            self.range, self._weight = measured, self.sigma
+        elif self.arithmetic == 'reference':
+            self.range = self.range + self.sigma * (measured - self.range)
+        else:
+            self._weight = (1 - self.sigma) * self._weight + self.sigma
+            self.range = self.range + self.sigma / self._weight * (measured - self.range)
+
+
+@OBSERVERS.register_module(name=['ema', 'EmaObserver'])
+class EmaObserver(_AveragedRange):
+    """Each batch's extremes, averaged over batches; ``sigma`` is the weight of the newest."""
+
+
+@OBSERVERS.register_module(name=['percentile', 'PercentileObserver'])
+class PercentileObserver(_AveragedRange):
+    """Each batch's quantiles ``1 - alpha`` and ``alpha``, averaged over batches.
+
+    Exact at every size and on every device: the two order statistics next to the rank are picked by ``topk`` and
+    interpolated linearly, as ``torch.quantile`` does below its limit of 16 million elements.
+
+    Args:
+        alpha: the upper quantile, in (0.5, 1].
+    """
+
+    def __init__(
+        self,
+        bit_type: BitType,
+        *,
+        axis: int | None = None,
+        arithmetic: Arithmetic = 'strict',
+        sigma: float | None = None,
+        alpha: float = 0.99999,
+    ) -> None:
+        super().__init__(bit_type, axis=axis, arithmetic=arithmetic, sigma=sigma)
+        if not 0.5 < alpha <= 1:
+            raise ValueError(f'alpha must be in (0.5, 1], got {alpha}')
+        self.alpha = alpha
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Both quantiles per channel, shape (2, C)."""
+        rows = flatten_channels(x, self.axis)
+        return torch.stack((self._quantile(rows, 1.0 - self.alpha), self._quantile(rows, self.alpha)))
+
+    def _quantile(self, rows: Tensor, q: float) -> Tensor:
+        samples = rows.shape[1]
+        rank, weight = self._rank(q, samples)
+        upper_half = q > 0.5
+        # Both neighbours of the rank, counted from the nearer end, where topk finds them cheaply.
+        count = samples - rank if upper_half else min(rank + 2, samples)
+        ends = rows.topk(count, dim=1, largest=upper_half).values
+        extreme = ends[:, 0]
+        if upper_half:
+            below, above = ends[:, -1], ends[:, max(count - 2, 0)]
+        else:
+            below, above = ends[:, rank], ends[:, -1]
+        value = torch.lerp(below, above, weight)
+        return torch.where(torch.isfinite(extreme), value, extreme)  # NaN and infinity must show
+
+    def _rank(self, q: float, samples: int) -> tuple[int, float]:
+        """Index below the quantile, and the weight of the value above it."""
+        if self.arithmetic == 'reference' and samples < _TORCH_QUANTILE_LIMIT:
+            position = float(torch.tensor(q, dtype=torch.float32) * (samples - 1))  # torch ranks in float32
+        else:
+            position = q * (samples - 1)
+        return int(position), position - int(position)
+
+
+def _squared_errors(
+    rows: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    qmin: int,
+    qmax: int,
+    arithmetic: Arithmetic,
+) -> Tensor:
+    """Sum of squared quantization errors of every candidate grid.
+
+    Args:
+        rows: (C, S) values.
+        scales, zero_points: (K, C) or (K, 1) candidate grids.
+    Returns:
+        (K, C) sums in float64.
+    """
+    total = torch.zeros(len(scales), rows.shape[0], dtype=torch.float64, device=rows.device)
+    width = max(1, _CHUNK // rows.shape[0])
+    for chunk in rows.split(width, dim=1):  # (C, width)
+        for k, (scale, zero_point) in enumerate(zip(scales, zero_points)):
+            error = fake_quantize(chunk, scale[:, None], zero_point[:, None], qmin, qmax, arithmetic)
+            total[k] += error.sub_(chunk).square_().sum(dim=1)
+    return total
+
+
+@OBSERVERS.register_module(name=['omse', 'OmseObserver'])
+class OmseObserver(RangeObserver):
+    """The min-max range, shrunk by the factor that gives the last batch the least squared error.
+
+    Ninety candidates, both ends shrunk together by 0 to 89 %. Strict arithmetic scores every channel on its own
+    and keeps signed types symmetric; the reference scores all channels together and is always affine.
+
+    Source: Choukroun et al., Low-bit quantization of neural networks for efficient inference, ICCVW 2019.
+    """
+
+    candidates = 90
+    step = 0.01
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The candidate of least squared error on ``x``; the first one on a tie."""
+        lo, hi = self.bounds()
+        rows = flatten_channels(x.detach().float(), self.axis)
+        shrink = [1.0 - i * self.step for i in range(self.candidates)]
+        grids = [self._candidate(lo * s, hi * s) for s in shrink]
+        scales = torch.stack([scale for scale, _ in grids]).reshape(self.candidates, -1)  # (K, C) or (K, 1)
+        zero_points = torch.stack([zp for _, zp in grids]).reshape(self.candidates, -1)
+        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
+        errors = _squared_errors(rows, scales, zero_points, qmin, qmax, self.arithmetic)
+        if self.arithmetic == 'reference':
+            errors = errors.sum(dim=1, keepdim=True).expand_as(scales)
+        best = errors.argmin(dim=0, keepdim=True)  # (1, C): argmin gives the first of equals
+        scale, zero_point = scales.gather(0, best)[0], zero_points.gather(0, best)[0]
+        return (scale, zero_point) if self.channels_kept else (scale[0], zero_point[0])
+
+    def _candidate(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+        if self.arithmetic == 'reference':
+            return affine_qparams(lo, hi, self.bit_type.qmin, self.bit_type.qmax, self.arithmetic)
+        return self._grid(lo, hi)
+
+
+@OBSERVERS.register_module(name=['ptf', 'PtfObserver'])
+class PtfObserver(RangeObserver):
+    """Power-of-Two Factor: one scale and zero point for the tensor, times ``2**k`` per channel.
+
+    ``scale_c = s * 2**k_c`` with ``k_c`` in 0 to 3, where ``8 s`` covers the whole tensor's range and ``k_c`` is
+    the factor of least squared error on the last batch (the smallest one on a tie, which gives a dead channel 0).
+    The zero point belongs to the largest factor and is shared, as the integer LayerNorm needs.
+
+    Source: FQ-ViT, section 4.1. The paper's equation 10 has the zero point from ``s``; its code, which made its
+    table, takes it from ``8 s``, and so do we.
+    """
+
+    shared_zero_point = True
+    factors = 4
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales of shape (C,) and the shared zero point of shape ()."""
+        if self.axis is None:
+            raise ValueError('the ptf observer gives every channel its own factor: it needs an axis')
+        lo, hi = self.bounds()
+        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
+        widest, zero_point = affine_qparams(lo.min(), hi.max(), qmin, qmax, self.arithmetic)
+        base = widest / 2 ** (self.factors - 1)
+        scales = torch.stack([base * 2**k for k in range(self.factors)])[:, None]  # (K, 1)
+        rows = flatten_channels(x.detach().float(), self.axis)
+        errors = _squared_errors(rows, scales, zero_point.expand_as(scales), qmin, qmax, self.arithmetic)
+        return base * torch.exp2(errors.argmin(dim=0)), zero_point

@@ -1,0 +1,31 @@
+"""The phase of a quantized model, and what every layer that has one shares."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+
+from torch import nn
+
+from .quantizers import Quantizer
+
+__all__ = ['Phase', 'QuantLayer']
+
+
+class Phase(enum.Enum):
+    """What the quantizers do in a forward pass; one per model, changed by :mod:`fqvit_plugin.lifecycle`."""
+
+    FLOAT = 'float'  #: nothing is quantized or observed
+    CALIBRATE = 'calibrate'  #: observe; the pass stays float
+    LAST_CALIBRATE = 'last calibrate'  #: observe and take parameters; the pass stays float
+    QUANT = 'quant'  #: quantize
+
+
+class QuantLayer(nn.Module):
+    """A layer that acts by its phase: the base of the five Q layers."""
+
+    phase = Phase.FLOAT
+
+    def quantizers(self) -> Iterator[Quantizer]:
+        """The quantizers this layer owns itself."""
+        return (child for child in self.children() if isinstance(child, Quantizer))

@@ -1,0 +1,85 @@
+"""What surgery did to a model, for people: one screen, and numbers for tools."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+
+from .phase import QuantLayer
+from .quantizers import Quantizer
+from .scheme import QuantScheme
+
+__all__ = ['LayerEntry', 'Report', 'count_bytes']
+
+
+@dataclass(frozen=True)
+class LayerEntry:
+    """One Q layer: its path, its kind and the bits of what it quantizes."""
+
+    path: str
+    kind: str
+    bits: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was quantized, and what stays float and why.
+
+    Args:
+        scheme: the recipe.
+        entries: every Q layer.
+        left_float: path of what computes in float -> the reason.
+        float_bytes: parameters before, 4 bytes each.
+        quantized_bytes: packed weights, float biases and norms, scales and zero points.
+    """
+
+    scheme: QuantScheme
+    entries: tuple[LayerEntry, ...]
+    left_float: dict[str, str]
+    float_bytes: int
+    quantized_bytes: int
+
+    def __str__(self) -> str:
+        """One screen."""
+        scheme = self.scheme
+        kinds = Counter((e.kind, e.bits) for e in self.entries)
+        lines = [
+            f'scheme {scheme.name}, preset {scheme.arithmetic}: observer {scheme.act.observer}, '
+            f'PTF {_on(scheme.norm_input.observer == "ptf")}, LIS {_on(scheme.log_int_softmax)}, '
+            f'input quantization {_on(scheme.input_quant)}',
+            'quantized:',
+        ]
+        lines += [f'  {count:4d} x {kind:<14s} {bits}' for (kind, bits), count in sorted(kinds.items())]
+        lines.append('float:')
+        reasons: dict[str, list[str]] = {}
+        for path, reason in self.left_float.items():
+            reasons.setdefault(reason, []).append(path)
+        for reason, paths in reasons.items():
+            lines.append(f'  {len(paths):4d} x {reason} ({paths[0]}{", …" if len(paths) > 1 else ""})')
+        lines.append('     biases, class and position parameters are stored in float')
+        ratio = self.quantized_bytes / self.float_bytes
+        lines.append(
+            f'size: {self.float_bytes / 1e6:.2f} MB float, {self.quantized_bytes / 1e6:.2f} MB quantized '
+            f'({ratio:.1%})'
+        )
+        return '\n'.join(lines)
+
+
+def _on(flag: bool) -> str:
+    return 'on' if flag else 'off'
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters, quantized weights at their bits, and of scales and zero points."""
+    total = 0
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, QuantLayer) and hasattr(module, 'weight_quantizer'):
+            bits = module.weight_quantizer.spec.bit_type.bits
+            total += (own.pop('weight').numel() * bits + 7) // 8
+        total += sum(p.numel() * 4 for p in own.values())
+        if isinstance(module, Quantizer):
+            total += sum(b.numel() * b.element_size() for b in module.buffers(recurse=False))
+    return total

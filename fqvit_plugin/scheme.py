@@ -1,0 +1,242 @@
+"""Recipes as frozen values: which tensor becomes which integer, and by which rules.
+
+A scheme is parsed once, at the edge (hook, tool, config), and cannot be wrong afterwards: every error is raised
+here and names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from .functional import Arithmetic
+from .registry import OBSERVERS, QUANTIZERS, lookup
+
+__all__ = ['BitType', 'QuantScheme', 'QuantSpec', 'SCHEME_NAMES', 'get_scheme', 'parse_scheme']
+
+#: scheme name -> bits of the attention probabilities
+SCHEME_NAMES = {'fqvit_w8a8': 8, 'fqvit_w8a8_attn4': 4}
+PRESETS = ('strict', 'reference')
+
+
+@dataclass(frozen=True)
+class BitType:
+    """An integer type of 2 to 16 bits, for instance ``BitType(8, signed=False)`` for uint8."""
+
+    bits: int
+    signed: bool
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise ValueError(f'bits must be a whole number from 2 to 16, got {self.bits!r}')
+
+    @property
+    def qmin(self) -> int:
+        """The smallest code."""
+        return -(2 ** (self.bits - 1)) if self.signed else 0
+
+    @property
+    def qmax(self) -> int:
+        """The largest code."""
+        return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
+
+    @property
+    def name(self) -> str:
+        """``int8``, ``uint4``, …"""
+        return f'{"" if self.signed else "u"}int{self.bits}'
+
+    @classmethod
+    def parse(cls, name: str | BitType) -> BitType:
+        """Read ``'int8'`` or ``'uint4'``; a BitType passes through.
+
+        Raises:
+            ValueError: not of that form, or outside 2 to 16 bits.
+        """
+        if isinstance(name, BitType):
+            return name
+        stem = name[1:] if name.startswith('u') else name
+        if not (stem.startswith('int') and stem[3:].isdigit()):
+            raise ValueError(f'bit type must read like int8 or uint4, got {name!r}')
+        return cls(int(stem[3:]), signed=not name.startswith('u'))
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one tensor is quantized.
+
+    Args:
+        bit_type: the integers it becomes.
+        observer: name in ``OBSERVERS``; how its range is found.
+        axis: the axis that keeps its own scale, ``None`` for one scale per tensor.
+        quantizer: name in ``QUANTIZERS``; ``'uniform'`` or ``'log2'``.
+        arithmetic: ``'strict'`` or ``'reference'``.
+        observer_options: keyword arguments of the observer, as sorted pairs.
+    """
+
+    bit_type: BitType
+    observer: str = 'minmax'
+    axis: int | None = None
+    quantizer: str = 'uniform'
+    arithmetic: Arithmetic = 'strict'
+    observer_options: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        lookup(OBSERVERS, self.observer)
+        lookup(QUANTIZERS, self.quantizer)
+        if self.arithmetic not in PRESETS:
+            raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {self.arithmetic!r}')
+
+
+@dataclass(frozen=True)
+class QuantScheme:
+    """How every kind of tensor of a vision transformer becomes integer codes; see :func:`get_scheme`.
+
+    Args:
+        name: what the recipe is called in reports and checkpoints.
+        weight: weights of convolutions and linear layers; axis 0 keeps its own scale.
+        act: activations.
+        norm_input: the residual stream, which every LayerNorm reads (Power-of-Two Factor lives here).
+        probs: attention probabilities.
+        log_int_softmax: integer Log-Int-Softmax instead of a float softmax with quantized output.
+        int_norm: integer LayerNorm instead of a float one with quantized output.
+        input_quant: quantize the normalized image too.
+    """
+
+    name: str
+    weight: QuantSpec
+    act: QuantSpec
+    norm_input: QuantSpec
+    probs: QuantSpec
+    log_int_softmax: bool
+    int_norm: bool
+    input_quant: bool
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The preset, which is one for the whole model."""
+        return self.act.arithmetic
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only, as written into a checkpoint; :meth:`from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> QuantScheme:
+        """The scheme that :meth:`to_dict` wrote.
+
+        Raises:
+            ValueError: a field is missing or unknown.
+        """
+        try:
+            values = dict(data)
+            for field in ('weight', 'act', 'norm_input', 'probs'):
+                spec = dict(values[field])
+                spec['bit_type'] = BitType(**spec['bit_type'])
+                spec['observer_options'] = tuple((k, v) for k, v in spec['observer_options'])
+                values[field] = QuantSpec(**spec)
+            return cls(**values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f'not a quantization scheme of this version: {error}') from None
+
+    def differences(self, other: QuantScheme) -> list[str]:
+        """One line per field in which ``other`` differs, ``field: ours != theirs``; empty when equal."""
+        return _differences(self.to_dict(), other.to_dict())
+
+
+def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = '') -> list[str]:
+    lines = []
+    for key, value in ours.items():
+        if isinstance(value, Mapping):
+            lines += _differences(value, theirs[key], f'{prefix}{key}.')
+        elif value != theirs[key]:
+            lines.append(f'{prefix}{key}: {value!r} != {theirs[key]!r}')
+    return lines
+
+
+def get_scheme(
+    name: str,
+    *,
+    observer: str | Mapping[str, Any] = 'minmax',
+    ptf: bool = True,
+    lis: bool = True,
+    preset: str = 'strict',
+    input_quant: bool = True,
+    **bits: int,
+) -> QuantScheme:
+    """The named recipe of FQ-ViT.
+
+    Args:
+        name: ``'fqvit_w8a8'`` (8-bit softmax codes) or ``'fqvit_w8a8_attn4'`` (4-bit ones).
+        observer: range finder of the activations: ``'minmax'``, ``'ema'``, ``'percentile'``, ``'omse'``, a
+            name you registered, or ``dict(type='percentile', alpha=0.9999)`` with its options.
+        ptf: Power-of-Two Factor on the inputs of every LayerNorm.
+        lis: Log-Int-Softmax; without it the softmax is float and its output is quantized, uniformly at 8 bits
+            and on the log2 grid below (4 uniform bits lose nearly all accuracy: paper, table 4).
+        preset: ``'strict'``, or ``'reference'`` for the published implementation's numbers.
+        input_quant: quantize the input image (the paper: on for DeiT and Swin, off for ViT).
+        bits: ``weight_bits``, ``act_bits``, ``attn_bits``, each 2 to 16, to depart from the name.
+
+    Returns:
+        A frozen :class:`QuantScheme`.
+
+    Raises:
+        ValueError: unknown name, observer, preset or keyword, or bits outside 2 to 16.
+
+    Source: Lin et al., FQ-ViT, IJCAI 2022, sections 3 and 4.
+    """
+    if name not in SCHEME_NAMES:
+        raise ValueError(f'unknown scheme {name!r}; there is: {", ".join(SCHEME_NAMES)}')
+    if preset not in PRESETS:
+        raise ValueError(f'unknown preset {preset!r}; there is: {", ".join(PRESETS)}')
+    known = {'weight_bits': 8, 'act_bits': 8, 'attn_bits': SCHEME_NAMES[name]}
+    if unknown := sorted(set(bits) - set(known)):
+        raise ValueError(f'unknown option {unknown[0]!r} of get_scheme; bits are set by {", ".join(known)}')
+    known.update(bits)
+    arithmetic = cast(Arithmetic, preset)
+    observer_name, options = _parse_observer(observer)
+    weight = QuantSpec(BitType(known['weight_bits'], True), axis=0, arithmetic=arithmetic)
+    act = QuantSpec(
+        BitType(known['act_bits'], False), observer_name, arithmetic=arithmetic, observer_options=options
+    )
+    norm_input = dataclasses.replace(act, observer='ptf', observer_options=(), axis=-1) if ptf else act
+    attn_type = BitType(known['attn_bits'], False)
+    probs_quantizer = 'log2' if lis or attn_type.bits < 8 else 'uniform'
+    return QuantScheme(
+        name=name,
+        weight=weight,
+        act=act,
+        norm_input=norm_input,
+        probs=dataclasses.replace(act, bit_type=attn_type, quantizer=probs_quantizer),
+        log_int_softmax=lis,
+        # The reference keeps LayerNorm in float where it has no PTF; strict arithmetic never needs to.
+        int_norm=ptf or arithmetic == 'strict',
+        input_quant=input_quant,
+    )
+
+
+def _parse_observer(observer: str | Mapping[str, Any]) -> tuple[str, tuple[tuple[str, float], ...]]:
+    if isinstance(observer, str):
+        return observer, ()
+    options = dict(observer)
+    name = options.pop('type', None)
+    if name is None:
+        raise ValueError(f"observer must be a name or dict(type=name, …), got {dict(observer)!r}")
+    return name, tuple(sorted(options.items()))
+
+
+def parse_scheme(value: str | Mapping[str, Any] | QuantScheme) -> QuantScheme:
+    """The scheme a config means: a name, or ``dict(type=name, observer=..., ...)`` as :func:`get_scheme` takes it.
+
+    Raises:
+        ValueError: as :func:`get_scheme`, or neither of these forms.
+    """
+    if isinstance(value, QuantScheme):
+        return value
+    if isinstance(value, str):
+        return get_scheme(value)
+    if not isinstance(value, Mapping) or 'type' not in value:
+        raise ValueError(f"quant_scheme must be a name or dict(type='fqvit_w8a8', ...), got {value!r}")
+    options = {k: v for k, v in value.items() if k != '_scope_'}  # mmengine adds _scope_ to inherited dicts
+    return get_scheme(options.pop('type'), **options)

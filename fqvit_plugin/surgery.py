@@ -1,0 +1,155 @@
+"""Surgery: swap the blocks of a float model for quantized twins that share its weights, and report it.
+
+To cover a new backbone, write its twins under ``blocks/`` and add one line to ``BACKBONES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmpretrain.models import DeiT3, DistilledVisionTransformer, SwinTransformer, VisionTransformer
+from torch import nn
+
+from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
+from .blocks.swin import check_swin, quantize_swin_
+from .blocks.vit import check_vit, quantize_vit_
+from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
+from .report import LayerEntry, Report, count_bytes
+from .scheme import QuantScheme
+
+__all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
+
+#: float backbone -> (refuse what is not covered, do the surgery)
+BACKBONES: dict[type[nn.Module], tuple[Callable[[Any], None], Callable[[Any, LayerFactory], None]]] = {
+    VisionTransformer: (check_vit, quantize_vit_),
+    DistilledVisionTransformer: (check_vit, quantize_vit_),
+    DeiT3: (check_vit, quantize_vit_),
+    SwinTransformer: (check_swin, quantize_swin_),
+}
+
+#: Backbones that look alike and are not covered, with the reason.
+REFUSED = {
+    'SwinTransformerV2': 'its cosine attention divides by vector norms, for which FQ-ViT has no integer form',
+}
+
+
+def covered_backbones() -> list[str]:
+    """Names of the backbones that can be quantized."""
+    return [cls.__name__ for cls in BACKBONES]
+
+
+def find_classifier(model: nn.Module) -> nn.Module:
+    """The classifier inside distributed and test-time-augmentation wrappers."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def check_model(model: nn.Module) -> nn.Module:
+    """The backbone of ``model`` if it can be quantized; changes nothing.
+
+    Raises:
+        ValueError: the backbone or a part of it is not covered, or surgery was already done.
+    """
+    model = find_classifier(model)
+    if is_quantized(model):
+        raise ValueError('the model is quantized already: build it anew to quantize it another way')
+    backbone = getattr(model, 'backbone', model)
+    cover = BACKBONES.get(type(backbone))
+    if cover is None:
+        name = type(backbone).__name__
+        why = f': {REFUSED[name]}' if name in REFUSED else ''
+        raise ValueError(f'backbone {name} is not covered{why}. Covered are {", ".join(covered_backbones())}')
+    cover[0](backbone)
+    return backbone
+
+
+def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
+    """Swap the blocks of an MMPretrain classifier, or of a bare backbone, for quantized twins, in place.
+
+    The twins share the float model's parameters. In phase float, where the model is left, it computes what it
+    computed before; calibrate it and call ``quant`` to see it quantized.
+
+    Args:
+        model: ``ImageClassifier`` (also inside a wrapper) or one of the covered backbones.
+        scheme: from :func:`~fqvit_plugin.scheme.get_scheme`.
+
+    Returns:
+        What was quantized, and what stays float and why.
+
+    Raises:
+        ValueError: the backbone or a part of it is not covered; nothing was changed then.
+    """
+    if not isinstance(scheme, QuantScheme):
+        raise ValueError(f'scheme must come from get_scheme(...), got {scheme!r}')
+    backbone = check_model(model)
+    classifier = find_classifier(model)
+    float_bytes = count_bytes(classifier)
+    make = LayerFactory(scheme, next(backbone.parameters()).device)
+    BACKBONES[type(backbone)][1](backbone, make)
+    if classifier is not backbone:
+        _quantize_neck_(classifier, make)
+        _quantize_head_(classifier, make)
+    return _report(classifier, scheme, float_bytes)
+
+
+def _quantize_neck_(classifier: nn.Module, make: LayerFactory) -> None:
+    neck = getattr(classifier, 'neck', None)
+    if type(neck).__name__ == 'GlobalAveragePooling':
+        classifier.neck = QPooling(neck, make)
+
+
+def _quantize_head_(classifier: nn.Module, make: LayerFactory) -> None:
+    """Quantize the linear layers of the heads we know: ``fc``, or ``layers`` of the ViT heads."""
+    head = getattr(classifier, 'head', None)
+    fc, layers = getattr(head, 'fc', None), getattr(head, 'layers', None)
+    if isinstance(fc, nn.Linear):
+        head.fc = QLinearAct.wrap(fc, make)
+    elif isinstance(layers, nn.Sequential):
+        for name, layer in layers.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(layers, name, QLinearAct.wrap(layer, make))
+            elif name == 'act':  # after pre_logits: its output is the classifier's input
+                setattr(layers, name, nn.Sequential(layer, make.act()))
+
+
+_KINDS = (QConv2d, QLinear, QAct, QIntLayerNorm, QIntSoftmax)
+
+
+def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
+    entries = []
+    left_float = {}
+    for name, module in model.named_modules():
+        kind = next((k for k in _KINDS if isinstance(module, k)), None)
+        if kind is not None:
+            entries.append(LayerEntry(name, kind.__name__, _bits(module, scheme)))
+        reason = _why_float(module, kind, scheme)
+        if reason:
+            left_float[name] = reason
+    return Report(scheme, tuple(entries), left_float, float_bytes, count_bytes(model))
+
+
+def _bits(module: nn.Module, scheme: QuantScheme) -> str:
+    if isinstance(module, QIntLayerNorm):
+        return 'integer' if module.integer else 'float'
+    if isinstance(module, QIntSoftmax):
+        return module.spec.bit_type.name
+    quantizer = module.quantizer if isinstance(module, QAct) else module.weight_quantizer
+    return quantizer.spec.bit_type.name
+
+
+def _why_float(module: nn.Module, kind: type | None, scheme: QuantScheme) -> str | None:
+    """Why a module computes in float, or None when it does not or computes nothing."""
+    if kind is QIntLayerNorm and not module.integer:
+        return 'LayerNorm is float without PTF in the reference preset; its output is quantized'
+    if kind is QIntSoftmax and not module.log_int:
+        return 'softmax is float without LIS; its output is quantized'
+    if kind is not None:
+        return None
+    if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU)):
+        return 'the activation function is float; its output is quantized'
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
+        return f'{type(module).__name__} outside the blocks that are covered'
+    return None
