@@ -1,8 +1,11 @@
 """FQ-ViT, fully quantized vision transformers, for MMEngine and MMPretrain.
 
-Importing this package registers its layers and its hook with MMPretrain.
+Importing this package registers its layers and its hook with MMPretrain, and lets MMEngine load its own training
+checkpoints under torch 2.6 and later.
 """
 
+from .checkpoint_io import install_mmengine_loader
+from .convert import convert_state_dict
 from .hooks import QuantHook
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .lifecycle import (
@@ -29,11 +32,12 @@ from .surgery import quantize_model_
 __version__ = '0.1.0'
 
 __all__ = [
+    'OBSERVERS',
+    'QUANTIZERS',
     'BitType',
     'EmaObserver',
     'Log2Quantizer',
     'MinMaxObserver',
-    'OBSERVERS',
     'Observer',
     'OmseObserver',
     'PercentileObserver',
@@ -43,7 +47,6 @@ __all__ = [
     'QIntLayerNorm',
     'QIntSoftmax',
     'QLinear',
-    'QUANTIZERS',
     'QuantHook',
     'QuantScheme',
     'QuantSpec',
@@ -51,6 +54,7 @@ __all__ = [
     'UniformQuantizer',
     'calibrate_',
     'close_calibrate',
+    'convert_state_dict',
     'dequant',
     'get_scheme',
     'open_calibrate',
@@ -58,3 +62,5 @@ __all__ = [
     'quant',
     'quantize_model_',
 ]
+
+install_mmengine_loader()

@@ -137,7 +137,7 @@ def calibrate_on_(model: nn.Module, data: CalibrationSet, logger: MMLogger) -> i
     total = len(data.batches)
     turns = itertools.count(1)
 
-    def forward(model: nn.Module, batch: Any) -> None:
+    def forward(model: Any, batch: Any) -> None:
         model(**model.data_preprocessor(batch, False), mode='tensor')
         logger.info(f'calibration: batch {min(next(turns) * dist.get_world_size(), total)}/{total}')
 

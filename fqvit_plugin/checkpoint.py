@@ -7,7 +7,7 @@ which keys are scales and zero points, and which images they were taken on.
 from __future__ import annotations
 
 import os
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,18 @@ import torch
 from mmengine.runner import save_checkpoint
 from torch import Tensor, nn
 
+from .convert import recognise_family
 from .lifecycle import named_quantizers
 from .scheme import QuantScheme
 from .surgery import find_classifier
 
-__all__ = ['CalibratedState', 'load_calibrated_', 'save_calibrated', 'take_calibrated']
+__all__ = [
+    'CalibratedState',
+    'check_weights',
+    'load_calibrated_',
+    'save_calibrated',
+    'take_calibrated',
+]
 
 _KEY = 'fqvit'
 _FORMAT = 1
@@ -85,7 +92,8 @@ def take_calibrated(checkpoint: MutableMapping[str, Any], expected: QuantScheme)
     scheme = QuantScheme.from_dict(info['scheme'])
     if different := scheme.differences(expected):
         raise ValueError(
-            'the checkpoint was calibrated with another scheme (checkpoint != config): ' + '; '.join(different)
+            'the checkpoint was calibrated with another scheme (checkpoint != config): '
+            + '; '.join(different)
             + '. Set quant_scheme to the one it was calibrated with, or start from the float checkpoint'
         )
     state_dict = checkpoint['state_dict']
@@ -114,3 +122,47 @@ def load_calibrated_(model: nn.Module, state: CalibratedState) -> None:
     with torch.no_grad():
         for key, value in state.buffers.items():
             own[key].copy_(value)
+
+
+#: Parameters that MMPretrain resizes while loading, for another image or window size.
+_RESIZED = ('pos_embed', 'relative_position_bias_table')
+
+
+def check_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint that does not fill every parameter of ``model``; MMEngine would only log it.
+
+    Raises:
+        ValueError: names what is missing or of another shape, and what to do where that is known.
+    """
+    classifier = find_classifier(model)
+    given = {key.removeprefix('module.'): value for key, value in state_dict.items()}
+    missing = [k for k, _ in classifier.named_parameters() if k not in given and not _renamed(k, given)]
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} of the model's parameters, {missing[0]} first{_hint(given)}"
+        )
+    for key, parameter in classifier.named_parameters():
+        value = given.get(key)
+        if value is None or value.shape == parameter.shape or key.endswith(_RESIZED):
+            continue
+        head = key.startswith('head.') and value.shape[1:] == parameter.shape[1:]
+        why = ': it was trained for another number of classes' if head else ''
+        raise ValueError(
+            f'{key} has shape {tuple(value.shape)} in the checkpoint, the model wants {tuple(parameter.shape)}{why}'
+        )
+
+
+def _renamed(key: str, given: Mapping[str, Tensor]) -> bool:
+    """Old Swin checkpoints call the last norm ``norm``; MMPretrain renames it while loading."""
+    head, _, tail = key.rpartition('.')
+    return head.startswith('backbone.norm') and f'backbone.norm.{tail}' in given
+
+
+def _hint(given: Mapping[str, Tensor]) -> str:
+    try:
+        family = recognise_family(given)
+    except ValueError:
+        return f'; it holds {", ".join(list(given)[:3])}, ...' if given else '; it holds no weights'
+    if family.lower().startswith('mmpretrain'):
+        return ''
+    return f'; it has the names of {family}: run tools/convert_checkpoint.py SRC DST first'

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    'Arithmetic',
     'EPS',
+    'Arithmetic',
     'affine_qparams',
     'align',
     'dequantize',
@@ -88,7 +88,12 @@ def affine_qparams(
 
 
 def quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, arithmetic: Arithmetic = 'strict'
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    arithmetic: Arithmetic = 'strict',
 ) -> Tensor:
     """Codes ``x_q``, still in floating point: ``round_half_even(x / scale) + zero_point``, saturated.
 
@@ -105,7 +110,12 @@ def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, arithmetic: Arithmetic = 'strict'
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    arithmetic: Arithmetic = 'strict',
 ) -> Tensor:
     """``dequantize(quantize(x))``: the nearest point of the grid, in float."""
     return quantize(x, scale, zero_point, qmin, qmax, arithmetic).sub_(zero_point).mul_(scale)

@@ -11,12 +11,18 @@ import mmengine.dist as dist
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import BaseLoop, Runner
 from mmpretrain.registry import HOOKS as MMPRETRAIN_HOOKS
 from torch import nn
 
 from .calibration import CalibrationSet, calibrate_on_, image_names
-from .checkpoint import CalibratedState, load_calibrated_, save_calibrated, take_calibrated
+from .checkpoint import (
+    CalibratedState,
+    check_weights,
+    load_calibrated_,
+    save_calibrated,
+    take_calibrated,
+)
 from .lifecycle import quant
 from .registry import HOOKS
 from .report import Report
@@ -95,6 +101,8 @@ class QuantHook(Hook):
         """Take the scales out of a calibrated checkpoint before the weights enter the float model."""
         assert self.scheme is not None
         self._stored = take_calibrated(checkpoint, self.scheme)
+        if not isinstance(runner._train_loop, BaseLoop):  # fine-tuning may start from another head
+            check_weights(runner.model, checkpoint.get('state_dict', checkpoint))
 
     def before_val_epoch(self, runner: Runner) -> None:
         """Hand the quantized twin to the loop."""
@@ -162,7 +170,7 @@ class QuantHook(Hook):
             metrics.update({f'float/{k}': v for k, v in self._float_metrics.items()})
 
 
-def _twin(model: nn.Module) -> nn.Module:
+def _twin(model: Any) -> nn.Module:
     """A copy of the module structure on the same parameters and buffers, out of its distributed wrapper."""
     if is_model_wrapper(model):
         model = model.module
@@ -174,7 +182,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _evaluate(model: nn.Module, loop: Any) -> dict[str, float]:
+def _evaluate(model: Any, loop: Any) -> dict[str, float]:
     """Metrics of ``model`` over the loop's data, by the loop's own evaluator."""
     was_training = model.training
     model.eval()

@@ -21,9 +21,7 @@ __all__ = [
 ]
 
 
-def int_layernorm_reference(
-    x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor
-) -> Tensor:
+def int_layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """The published integer LayerNorm, emulated in float32 as published.
 
     Its 8-bit multiplier is floored, it has no epsilon (a constant token gives infinities), and its root is a
@@ -137,7 +135,7 @@ def log_int_softmax_reference(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     Source: FQ-ViT, section 4.2 and its published code; Kim et al., I-BERT, ICML 2021.
     """
-    a, b, c = 0.35815147, 0.96963238 / 0.35815147, 1.0 / 0.35815147
+    b, c = 0.96963238 / 0.35815147, 1.0 / 0.35815147
     n = 30
     x_int = x / scale
     x_int = x_int - x_int.amax(dim=-1, keepdim=True)
@@ -145,7 +143,7 @@ def log_int_softmax_reference(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     x_int = torch.maximum(x_int, n * ln2)
     quotient = torch.floor(x_int / ln2)
     rest = x_int - ln2 * quotient
-    poly = rest * (rest + torch.floor(b / scale)) + torch.floor(c / scale**2)  # a is left out: it cancels
+    poly = rest * (rest + torch.floor(b / scale)) + torch.floor(c / scale**2)  # the leading 0.358 cancels
     exp_int = torch.clamp(torch.floor(poly * 2 ** (n - quotient)), min=0)
     ratio = torch.round(exp_int.sum(dim=-1, keepdim=True) / exp_int)
     floor = ratio.log2().floor()
@@ -188,9 +186,7 @@ def log_int_softmax_codes(distance: Tensor, scale: Tensor, bits: int, mask: Tens
     return torch.where(threshold > 0, exponent, last).clamp(0, last)
 
 
-def log_int_softmax(
-    x: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None
-) -> Tensor:
+def log_int_softmax(x: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
     """Log-Int-Softmax with rows that sum to 1: ``2**-k / sum(2**-k)`` of :func:`log_int_softmax_codes`.
 
     The row sum of powers of two is an integer; dividing by it removes the bias of rounding each exponent alone

@@ -22,7 +22,7 @@ from .intmath import (
     log_int_softmax_reference,
 )
 from .phase import Phase, QuantLayer
-from .quantizers import UniformQuantizer, build_quantizer
+from .quantizers import build_quantizer
 from .registry import LAYERS
 from .scheme import BitType, QuantSpec
 
@@ -54,9 +54,8 @@ def _parse_spec(spec: QuantSpec | Mapping[str, Any]) -> QuantSpec:
 class _QWeightLayer(QuantLayer):
     """A layer whose weight is quantized (abstract); the bias stays float, as in the paper."""
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-    weight_quantizer: UniformQuantizer
+    weight: Any  # declared by the float layer
+    weight_quantizer: Any
 
     def _init_weight_quantizer(self, spec: QuantSpec | Mapping[str, Any]) -> None:
         parsed = _parse_spec(spec)
@@ -134,7 +133,7 @@ class QAct(QuantLayer):
 
     def __init__(self, spec: QuantSpec | Mapping[str, Any] = ACT_SPEC, channels: int | None = None) -> None:
         super().__init__()
-        self.quantizer = build_quantizer(_parse_spec(spec), channels)
+        self.quantizer: Any = build_quantizer(_parse_spec(spec), channels)
 
     @property
     def scale(self) -> Tensor:
@@ -190,9 +189,7 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
         twin.weight, twin.bias = norm.weight, norm.bias
         return twin.train(norm.training)
 
-    def forward(
-        self, x: Tensor, in_act: QAct | None = None, out_act: QAct | None = None, repeat: int = 1
-    ) -> Tensor:
+    def forward(self, x: Tensor, in_act: QAct | None = None, out_act: QAct | None = None, repeat: int = 1) -> Tensor:
         """Normalize the last axis.
 
         Args:
@@ -234,7 +231,7 @@ class QIntSoftmax(QuantLayer):
         super().__init__()
         self.log_int = log_int
         self.spec = _parse_spec(spec)
-        self.quantizer = None if log_int else build_quantizer(self.spec)
+        self.quantizer: Any = None if log_int else build_quantizer(self.spec)
 
     def forward(self, logits: Tensor, in_act: QAct | None = None, mask: Tensor | None = None) -> Tensor:
         """Probabilities of the last axis.

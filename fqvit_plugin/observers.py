@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .functional import Arithmetic, affine_qparams, fake_quantize, flatten_channels, symmetric_qparams
+from .functional import (
+    Arithmetic,
+    affine_qparams,
+    fake_quantize,
+    flatten_channels,
+    symmetric_qparams,
+)
 from .registry import OBSERVERS
 
 if TYPE_CHECKING:
@@ -49,9 +55,7 @@ class Observer(ABC):
     #: One zero point for all channels although each has its own scale.
     shared_zero_point = False
 
-    def __init__(
-        self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict'
-    ) -> None:
+    def __init__(self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict') -> None:
         self.bit_type = bit_type
         self.axis = axis
         self.arithmetic = arithmetic
@@ -99,9 +103,7 @@ class Observer(ABC):
 class RangeObserver(Observer):
     """An observer that keeps a low and a high end per channel (abstract)."""
 
-    def __init__(
-        self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict'
-    ) -> None:
+    def __init__(self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict') -> None:
         super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
         self.range: Tensor | None = None  # (2, C): low ends, high ends
 
@@ -116,7 +118,10 @@ class RangeObserver(Observer):
             self.range = measured
         else:
             self.range = torch.stack(
-                (torch.minimum(self.range[0], measured[0]), torch.maximum(self.range[1], measured[1]))
+                (
+                    torch.minimum(self.range[0], measured[0]),
+                    torch.maximum(self.range[1], measured[1]),
+                )
             )
 
     def bounds(self) -> tuple[Tensor, Tensor]:
@@ -254,7 +259,7 @@ def _squared_errors(
     total = torch.zeros(len(scales), rows.shape[0], dtype=torch.float64, device=rows.device)
     width = max(1, _CHUNK // rows.shape[0])
     for chunk in rows.split(width, dim=1):  # (C, width)
-        for k, (scale, zero_point) in enumerate(zip(scales, zero_points)):
+        for k, (scale, zero_point) in enumerate(zip(scales, zero_points, strict=True)):
             error = fake_quantize(chunk, scale[:, None], zero_point[:, None], qmin, qmax, arithmetic)
             total[k] += error.sub_(chunk).square_().sum(dim=1)
     return total

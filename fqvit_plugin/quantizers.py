@@ -79,7 +79,7 @@ class UniformQuantizer(Quantizer):
         self.observer = self._fresh_observer()
         if spec.axis is not None and channels is None:
             raise ValueError(f'a scale per channel (axis={spec.axis}) needs the number of channels')
-        shape = () if spec.axis is None else (channels,)
+        shape = () if spec.axis is None or channels is None else (channels,)
         self.register_buffer('scale', torch.full(shape, torch.nan))
         zero_shape = () if self.observer.shared_zero_point else shape
         self.register_buffer('zero_point', torch.zeros(zero_shape, dtype=torch.int32))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -74,6 +75,7 @@ def _on(flag: bool) -> str:
 def count_bytes(model: nn.Module) -> int:
     """Bytes of the parameters, quantized weights at their bits, and of scales and zero points."""
     total = 0
+    module: Any
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
         if isinstance(module, QuantLayer) and hasattr(module, 'weight_quantizer'):

@@ -14,7 +14,7 @@ from typing import Any, cast
 from .functional import Arithmetic
 from .registry import OBSERVERS, QUANTIZERS, lookup
 
-__all__ = ['BitType', 'QuantScheme', 'QuantSpec', 'SCHEME_NAMES', 'get_scheme', 'parse_scheme']
+__all__ = ['SCHEME_NAMES', 'BitType', 'QuantScheme', 'QuantSpec', 'get_scheme', 'parse_scheme']
 
 #: scheme name -> bits of the attention probabilities
 SCHEME_NAMES = {'fqvit_w8a8': 8, 'fqvit_w8a8_attn4': 4}
@@ -198,7 +198,10 @@ def get_scheme(
     observer_name, options = _parse_observer(observer)
     weight = QuantSpec(BitType(known['weight_bits'], True), axis=0, arithmetic=arithmetic)
     act = QuantSpec(
-        BitType(known['act_bits'], False), observer_name, arithmetic=arithmetic, observer_options=options
+        BitType(known['act_bits'], False),
+        observer_name,
+        arithmetic=arithmetic,
+        observer_options=options,
     )
     norm_input = dataclasses.replace(act, observer='ptf', observer_options=(), axis=-1) if ptf else act
     attn_type = BitType(known['attn_bits'], False)
@@ -222,7 +225,7 @@ def _parse_observer(observer: str | Mapping[str, Any]) -> tuple[str, tuple[tuple
     options = dict(observer)
     name = options.pop('type', None)
     if name is None:
-        raise ValueError(f"observer must be a name or dict(type=name, …), got {dict(observer)!r}")
+        raise ValueError(f'observer must be a name or dict(type=name, …), got {dict(observer)!r}')
     return name, tuple(sorted(options.items()))
 
 

@@ -40,14 +40,14 @@ def covered_backbones() -> list[str]:
     return [cls.__name__ for cls in BACKBONES]
 
 
-def find_classifier(model: nn.Module) -> nn.Module:
+def find_classifier(model: Any) -> Any:
     """The classifier inside distributed and test-time-augmentation wrappers."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
 
 
-def check_model(model: nn.Module) -> nn.Module:
+def check_model(model: nn.Module) -> Any:
     """The backbone of ``model`` if it can be quantized; changes nothing.
 
     Raises:
@@ -95,15 +95,15 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
     return _report(classifier, scheme, float_bytes)
 
 
-def _quantize_neck_(classifier: nn.Module, make: LayerFactory) -> None:
-    neck = getattr(classifier, 'neck', None)
+def _quantize_neck_(classifier: Any, make: LayerFactory) -> None:
+    neck: Any = getattr(classifier, 'neck', None)
     if type(neck).__name__ == 'GlobalAveragePooling':
         classifier.neck = QPooling(neck, make)
 
 
-def _quantize_head_(classifier: nn.Module, make: LayerFactory) -> None:
+def _quantize_head_(classifier: Any, make: LayerFactory) -> None:
     """Quantize the linear layers of the heads we know: ``fc``, or ``layers`` of the ViT heads."""
-    head = getattr(classifier, 'head', None)
+    head: Any = getattr(classifier, 'head', None)
     fc, layers = getattr(head, 'fc', None), getattr(head, 'layers', None)
     if isinstance(fc, nn.Linear):
         head.fc = QLinearAct.wrap(fc, make)
@@ -131,7 +131,7 @@ def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
     return Report(scheme, tuple(entries), left_float, float_bytes, count_bytes(model))
 
 
-def _bits(module: nn.Module, scheme: QuantScheme) -> str:
+def _bits(module: Any, scheme: QuantScheme) -> str:
     if isinstance(module, QIntLayerNorm):
         return 'integer' if module.integer else 'float'
     if isinstance(module, QIntSoftmax):
@@ -140,7 +140,7 @@ def _bits(module: nn.Module, scheme: QuantScheme) -> str:
     return quantizer.spec.bit_type.name
 
 
-def _why_float(module: nn.Module, kind: type | None, scheme: QuantScheme) -> str | None:
+def _why_float(module: Any, kind: type | None, scheme: QuantScheme) -> str | None:
     """Why a module computes in float, or None when it does not or computes nothing."""
     if kind is QIntLayerNorm and not module.integer:
         return 'LayerNorm is float without PTF in the reference preset; its output is quantized'

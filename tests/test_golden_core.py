@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fqvit_plugin.functional import fake_quantize, align
+from fqvit_plugin.functional import align
 from fqvit_plugin.intmath import int_layernorm_reference, log_int_softmax_reference
 from fqvit_plugin.quantizers import Log2Quantizer, UniformQuantizer
 from fqvit_plugin.scheme import BitType, QuantSpec
@@ -38,7 +38,8 @@ def test_observer_and_uniform_quantizer(case, recorded):
     quantizer.commit()
     scale = torch.from_numpy(np.asarray(recorded[f'{case}/scale']))
     zero_point = torch.from_numpy(np.asarray(recorded[f'{case}/zero_point']))
-    assert quantizer.scale.shape == scale.shape and quantizer.zero_point.shape == zero_point.shape
+    assert quantizer.scale.shape == scale.shape
+    assert quantizer.zero_point.shape == zero_point.shape
     torch.testing.assert_close(quantizer.scale, scale, rtol=1e-5, atol=0)
     assert torch.equal(quantizer.zero_point, zero_point.to(torch.int32))
     expected = torch.from_numpy(recorded[f'{case}/fake_quant'])
@@ -60,8 +61,11 @@ def test_log2_quantizer(case, recorded):
 
 @pytest.mark.parametrize('i', range(4))
 def test_integer_layernorm(i):
-    r = {k.split('/')[2]: torch.from_numpy(np.asarray(v)) for k, v in golden('integer_layers').items()
-         if k.startswith(f'layernorm/{i}/')}
+    r = {
+        k.split('/')[2]: torch.from_numpy(np.asarray(v))
+        for k, v in golden('integer_layers').items()
+        if k.startswith(f'layernorm/{i}/')
+    }
     in_scale = r['in_scale'].repeat(int(r['expand']))  # cat([x0, x1, x2, x3], -1) tiles the scales
     y = int_layernorm_reference(r['x'], in_scale, r['out_scale'], r['weight'], r['bias'])
     assert (torch.round(y / r['out_scale']) == torch.round(r['y'] / r['out_scale'])).float().mean() >= 0.999
@@ -69,7 +73,10 @@ def test_integer_layernorm(i):
 
 @pytest.mark.parametrize('i', range(4))
 def test_log_int_softmax(i):
-    r = {k.split('/')[2]: torch.from_numpy(np.asarray(v)) for k, v in golden('integer_layers').items()
-         if k.startswith(f'softmax/{i}/')}
+    r = {
+        k.split('/')[2]: torch.from_numpy(np.asarray(v))
+        for k, v in golden('integer_layers').items()
+        if k.startswith(f'softmax/{i}/')
+    }
     y = log_int_softmax_reference(r['x'], r['scale'], int(r['bits']))
     assert (y == r['y']).float().mean() >= 0.999

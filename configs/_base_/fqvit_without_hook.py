@@ -23,7 +23,11 @@ calib_dataloader = dict(
 crop_900_pipeline = [
     dict(type='mmpretrain.LoadImageFromFile'),
     dict(
-        type='mmpretrain.ResizeEdge', scale=248, edge='short', backend='pillow', interpolation='bicubic'
+        type='mmpretrain.ResizeEdge',
+        scale=248,
+        edge='short',
+        backend='pillow',
+        interpolation='bicubic',
     ),
     dict(type='mmpretrain.CenterCrop', crop_size=224),
     dict(type='mmpretrain.PackInputs'),
@@ -31,7 +35,11 @@ crop_900_pipeline = [
 crop_875_pipeline = [
     dict(type='mmpretrain.LoadImageFromFile'),
     dict(
-        type='mmpretrain.ResizeEdge', scale=256, edge='short', backend='pillow', interpolation='bicubic'
+        type='mmpretrain.ResizeEdge',
+        scale=256,
+        edge='short',
+        backend='pillow',
+        interpolation='bicubic',
     ),
     dict(type='mmpretrain.CenterCrop', crop_size=224),
     dict(type='mmpretrain.PackInputs'),

@@ -10,7 +10,16 @@ from ..layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from ..phase import QuantLayer
 from ..scheme import QuantScheme
 
-__all__ = ['LayerFactory', 'QFFN', 'QLinearAct', 'QNormAct', 'QPatchEmbed', 'QPooling', 'link', 'linked']
+__all__ = [
+    'QFFN',
+    'LayerFactory',
+    'QLinearAct',
+    'QNormAct',
+    'QPatchEmbed',
+    'QPooling',
+    'link',
+    'linked',
+]
 
 
 class LayerFactory:
@@ -50,14 +59,15 @@ class LayerFactory:
         return QIntLayerNorm.from_float(norm, self.scheme.int_norm, self.scheme.arithmetic)
 
 
-def link(module: nn.Module, act: QAct) -> None:
+def link(module: Any, act: QAct) -> None:
     """Let ``module`` know the layer that quantized its input, without owning it."""
     module._input_act = (act,)  # in a tuple, so that it is no submodule and its scale no second state
 
 
-def linked(module: nn.Module) -> QAct:
+def linked(module: Any) -> QAct:
     """The layer that quantized the input of ``module``."""
-    return module._input_act[0]  # type: ignore[index]
+    act: QAct = module._input_act[0]
+    return act
 
 
 class QLinearAct(QLinear):
@@ -98,7 +108,7 @@ class QNormAct(QIntLayerNorm):
 class QPooling(nn.Module):
     """Global average pooling whose output is quantized; the forward of MMPretrain's neck."""
 
-    def __init__(self, neck: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, neck: Any, make: LayerFactory) -> None:
         super().__init__()
         self.gap = neck.gap
         self.out_act = make.act()
@@ -116,12 +126,14 @@ class QFFN(nn.Module):
     ``layers`` keeps the float twin's nesting, so that weights keep their names.
     """
 
-    def __init__(self, ffn: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, ffn: Any, make: LayerFactory) -> None:
         super().__init__()
         (hidden, output, dropout) = ffn.layers  # num_fcs == 2: surgery refuses deeper ones
         linear, activation, hidden_dropout = hidden
         self.layers = nn.Sequential(
-            nn.Sequential(make.linear(linear), activation, hidden_dropout), make.linear(output), dropout
+            nn.Sequential(make.linear(linear), activation, hidden_dropout),
+            make.linear(output),
+            dropout,
         )
         self.gamma2 = ffn.gamma2
         self.dropout_layer = ffn.dropout_layer
@@ -130,7 +142,8 @@ class QFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        linear, activation, hidden_dropout = self.layers[0]
+        hidden: Any = self.layers[0]
+        linear, activation, hidden_dropout = hidden
         x = hidden_dropout(self.hidden_act(activation(linear(x))))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
         x = self.out_act(self.gamma2(self.layers[1](x)))
@@ -147,7 +160,7 @@ class QPatchEmbed(nn.Module):
     The last quantizer is ``patch_act`` without a norm, ``norm_act`` with one.
     """
 
-    def __init__(self, embed: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, embed: Any, make: LayerFactory) -> None:
         super().__init__()
         self.adaptive_padding = embed.adaptive_padding
         self.projection = make.conv(embed.projection)
@@ -170,7 +183,7 @@ class QPatchEmbed(nn.Module):
         x = self.projection(x)
         out_size = (x.shape[2], x.shape[3])
         x = self.patch_act(x.flatten(2).transpose(1, 2))
-        if self.norm is not None:
+        if self.norm is not None and self.norm_act is not None:
             x = self.norm_act(self.norm(x, self.patch_act, self.norm_act))
         return x, out_size
 

@@ -6,7 +6,8 @@ The twins keep the paths and the calls of what they replace: ``stages[s].blocks[
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from ..layers import QAct
@@ -21,7 +22,7 @@ class QWindowMSA(nn.Module):
 
     relative_position_index: Tensor
 
-    def __init__(self, attn: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, attn: Any, make: LayerFactory) -> None:
         super().__init__()
         self.num_heads, self.window_size, self.scale = attn.num_heads, attn.window_size, attn.scale
         self.relative_position_bias_table = attn.relative_position_bias_table
@@ -65,7 +66,7 @@ class QWindowMSA(nn.Module):
 class QSwinBlock(nn.Module):
     """Swin block; :func:`~fqvit_plugin.blocks.common.link` tells it what quantized its input."""
 
-    def __init__(self, block: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, block: Any, make: LayerFactory) -> None:
         super().__init__()
         channels = block.norm1.normalized_shape[0]
         self.norm1, self.norm2 = make.norm(block.norm1), make.norm(block.norm2)
@@ -88,7 +89,7 @@ class QSwinBlock(nn.Module):
 class QPatchMerging(nn.Module):
     """mmcv's patch merging: unfold, LayerNorm, reduction."""
 
-    def __init__(self, merging: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, merging: Any, make: LayerFactory) -> None:
         super().__init__()
         self.in_channels, self.out_channels = merging.in_channels, merging.out_channels
         self.adaptive_padding, self.sampler = merging.adaptive_padding, merging.sampler
@@ -116,7 +117,7 @@ class QPatchMerging(nn.Module):
 class _QPositionedDropout(nn.Module):
     """Quantizes the sum of patches and absolute position embedding, then drops as the float model does."""
 
-    def __init__(self, dropout: nn.Module, channels: int, make: LayerFactory) -> None:
+    def __init__(self, dropout: Any, channels: int, make: LayerFactory) -> None:
         super().__init__()
         self.dropout = dropout
         self.residual_act = make.norm_input(channels)
@@ -126,7 +127,7 @@ class _QPositionedDropout(nn.Module):
         return self.dropout(self.residual_act(x))
 
 
-def check_swin(backbone: nn.Module) -> None:
+def check_swin(backbone: Any) -> None:
     """Refuse the variants these twins do not cover.
 
     Raises:
@@ -139,7 +140,7 @@ def check_swin(backbone: nn.Module) -> None:
             check_ffn(block.ffn, f'stages.{s}.blocks.{b}.ffn')
 
 
-def quantize_swin_(backbone: nn.Module, make: LayerFactory) -> None:
+def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
     """Put quantized twins into a Swin, in place.
 
     Raises:

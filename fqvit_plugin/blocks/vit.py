@@ -5,6 +5,8 @@ The twins keep the paths and the call of what they replace: ``backbone.layers[i]
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from mmpretrain.models import DeiT3, DistilledVisionTransformer, VisionTransformer
 from mmpretrain.models.backbones.deit3 import DeiT3TransformerEncoderLayer
@@ -14,13 +16,19 @@ from torch import Tensor, nn
 from ..layers import QAct
 from .common import QFFN, LayerFactory, QPatchEmbed, link, linked
 
-__all__ = ['QDeiT3', 'QDistilledVisionTransformer', 'QEncoderBlock', 'QMultiheadAttention', 'QVisionTransformer']
+__all__ = [
+    'QDeiT3',
+    'QDistilledVisionTransformer',
+    'QEncoderBlock',
+    'QMultiheadAttention',
+    'QVisionTransformer',
+]
 
 
 class QMultiheadAttention(nn.Module):
     """Multi-head self-attention with every product's operands on an integer grid."""
 
-    def __init__(self, attn: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, attn: Any, make: LayerFactory) -> None:
         super().__init__()
         self.num_heads, self.head_dims = attn.num_heads, attn.head_dims
         self.qkv = make.linear(attn.qkv)
@@ -52,7 +60,7 @@ class QEncoderBlock(nn.Module):
     MMPretrain 1.2.0's DeiT3 block normalizes twice with ``ln1`` and never uses ``ln2``; the twin does as it does.
     """
 
-    def __init__(self, block: nn.Module, make: LayerFactory) -> None:
+    def __init__(self, block: Any, make: LayerFactory) -> None:
         super().__init__()
         channels = block.ln1.normalized_shape[0]
         self.ln1, self.ln2 = make.norm(block.ln1), make.norm(block.ln2)
@@ -79,10 +87,11 @@ class QVisionTransformer(VisionTransformer):
     embed_act: QAct  # class token and patches
     pos_act: QAct  # position embedding
     residual_act: QAct  # their sum
-    pooled_act: QAct | None  # mean of the patches, where the model takes it
+    token_act: QAct  # final norm, where the mean of the patches is taken after it
+    pooled_act: QAct  # mean of the patches, where the model takes it
     output_act: QAct  # what leaves the backbone
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
         """(B, 3, H, W) to the features of ``out_indices``, as the float backbone gives them."""
         x, hw = self.patch_embed(x)
         x = self.drop_after_pos(self.residual_act(self._add_position(x, hw)))
@@ -98,9 +107,7 @@ class QVisionTransformer(VisionTransformer):
         return [] if self.cls_token is None else [self.cls_token.expand(batch, -1, -1)]
 
     def _position(self, hw: tuple[int, int], extra_tokens: int) -> Tensor:
-        position = resize_pos_embed(
-            self.pos_embed, self.patch_resolution, hw, self.interpolate_mode, extra_tokens
-        )
+        position = resize_pos_embed(self.pos_embed, self.patch_resolution, hw, self.interpolate_mode, extra_tokens)
         return self.pos_act(position)
 
     def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -151,7 +158,7 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def check_vit(backbone: nn.Module) -> None:
+def check_vit(backbone: Any) -> None:
     """Refuse the variants these twins do not cover.
 
     Raises:
@@ -168,7 +175,7 @@ def check_vit(backbone: nn.Module) -> None:
             raise ValueError(f'layers.{i}.attn has a value shortcut, which is not covered')
 
 
-def check_ffn(ffn: nn.Module, path: str) -> None:
+def check_ffn(ffn: Any, path: str) -> None:
     """Refuse MLPs that are not two linear layers with an activation between.
 
     Raises:
@@ -178,7 +185,7 @@ def check_ffn(ffn: nn.Module, path: str) -> None:
         raise ValueError(f'{path} is a {type(ffn).__name__} with other than two linear layers: not covered')
 
 
-def quantize_vit_(backbone: nn.Module, make: LayerFactory) -> None:
+def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
     """Put quantized twins into a plain ViT, in place.
 
     Raises:

@@ -1,0 +1,51 @@
+"""Building and loading a classifier from a config without a runner, for tools and tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmpretrain.registry import MODELS
+from torch import nn
+
+from .checkpoint import check_weights
+from .checkpoint_io import load_checkpoint
+
+__all__ = ['build_classifier', 'load_config']
+
+
+def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
+    """Read a config file, apply ``--cfg-options`` and enter its default scope.
+
+    Raises:
+        ValueError: no such file, or it cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f'there is no config {path}')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as error:  # a config is a program: anything can go wrong in it
+        raise ValueError(f'config {path} cannot be read: {error}') from error
+    if options:
+        cfg.merge_from_dict(options)
+    init_default_scope(cfg.get('default_scope', 'mmpretrain'))
+    return cfg
+
+
+def build_classifier(cfg: Config, checkpoint: str | os.PathLike, device: str = 'cpu') -> nn.Module:
+    """The model of ``cfg`` with the float weights of ``checkpoint``, in eval mode.
+
+    Raises:
+        ValueError: the file is no checkpoint, or not of this model; see :func:`check_weights`.
+    """
+    model_cfg = cfg.model.copy()
+    if cfg.get('data_preprocessor') is not None:
+        model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
+    model = MODELS.build(model_cfg)
+    loaded = load_checkpoint(checkpoint)
+    state_dict = loaded.get('state_dict', loaded)
+    check_weights(model, state_dict)
+    model.load_state_dict(state_dict, strict=False)  # check_weights was the strict part
+    return model.to(device).eval()

@@ -1,0 +1,105 @@
+"""Calibrate a classifier without running an evaluation, and save the calibrated checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger
+
+import fqvit_plugin as fq
+from fqvit_plugin.apis import build_classifier, load_config
+from fqvit_plugin.calibration import CalibrationSet, calibrate_on_, image_names
+from fqvit_plugin.checkpoint import save_calibrated
+from fqvit_plugin.scheme import PRESETS, SCHEME_NAMES, QuantScheme, parse_scheme
+
+_EXAMPLES = """\
+examples:
+  python tools/calibrate.py configs/fqvit_swin_t_w8a8.py swin-tiny.pth --out swin-tiny-w8a8.pth
+  python tools/calibrate.py configs/fqvit_deit_t_w8a8_attn4.py deit-tiny.pth --out q.pth \\
+      --observer omse --batches 20 --device cuda
+  python tools/calibrate.py my_config.py my.pth --out q.pth --scheme fqvit_w8a8 --act-bits 6 \\
+      --cfg-options calib_dataloader.batch_size=32
+  # then, with the same quant_scheme in the config:
+  mim test mmpretrain CONFIG --checkpoint q.pth
+
+exit codes: 0 done, 2 something is wrong with what was given (one line on stderr), 130 interrupted
+"""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('config', metavar='CONFIG', type=Path)
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', type=Path, help='float weights')
+    parser.add_argument('--out', metavar='FILE', type=Path, required=True, help='what to write')
+    parser.add_argument('--scheme', choices=SCHEME_NAMES, help="instead of the config's")
+    parser.add_argument('--observer', help='minmax, ema, percentile, omse, or a registered one')
+    parser.add_argument('--preset', choices=PRESETS)
+    for kind in ('weight', 'act', 'attn'):
+        parser.add_argument(f'--{kind}-bits', type=int, metavar='N', help='2 to 16')
+    parser.add_argument('--batches', type=int, default=10, metavar='N', help='default: 10')
+    parser.add_argument('--seed', type=int, default=0, help="of the images' order (default: 0)")
+    parser.add_argument('--device', default='cpu', help='cpu, cuda, cuda:1, ... (default: cpu)')
+    parser.add_argument('--force', action='store_true', help='overwrite FILE if it exists')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='as in mim test')
+    return parser
+
+
+def _scheme(args: argparse.Namespace, configured: dict | str | None) -> QuantScheme:
+    """The config's scheme with what the command line changes."""
+    options = {'type': configured} if isinstance(configured, str) else dict(configured or {})
+    given = {
+        'type': args.scheme,
+        'observer': args.observer,
+        'preset': args.preset,
+        'weight_bits': args.weight_bits,
+        'act_bits': args.act_bits,
+        'attn_bits': args.attn_bits,
+    }
+    options.update({k: v for k, v in given.items() if v is not None})
+    if 'type' not in options:
+        raise ValueError('the config has no quant_scheme: name one with --scheme')
+    return parse_scheme(options)
+
+
+def calibrate(args: argparse.Namespace) -> None:
+    """Do what the command line says; ValueError, RuntimeError or OSError if that cannot be."""
+    if args.out.exists() and not args.force:
+        raise ValueError(f'{args.out} exists; add --force to overwrite it')
+    cfg = load_config(args.config, args.cfg_options)
+    scheme = _scheme(args, cfg.get('quant_scheme'))
+    device = torch.device(args.device)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError('--device cuda: this torch sees no GPU')
+    logger = MMLogger.get_instance('fqvit_calibrate', log_level='INFO')
+    data = CalibrationSet.build(cfg, args.batches, args.seed)
+    model = build_classifier(cfg, args.checkpoint, args.device)
+    report = fq.quantize_model_(model, scheme)
+    calibrate_on_(model, data, logger)
+    model.dataset_meta = getattr(data.loader.dataset, 'metainfo', None)
+    save_calibrated(args.out, model, scheme, image_names(data.loader.dataset, data.indices))
+    print(f'{report}\ncalibrated on {len(data.indices)} images; saved to {args.out}')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, calibrate, and turn a user's mistake into one line and exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        calibrate(args)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f'calibrate.py: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print('calibrate.py: interrupted, nothing was written', file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
