@@ -14,7 +14,6 @@ from typing import Any
 
 import mmengine
 import torch
-from mmengine.runner import save_checkpoint
 from torch import Tensor, nn
 
 from .convert import recognise_family
@@ -72,7 +71,7 @@ def save_calibrated(
     aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         state = {k: v.detach().cpu() for k, v in classifier.state_dict().items()}
-        save_checkpoint({'state_dict': state, 'meta': meta}, str(aside))
+        torch.save({'state_dict': state, 'meta': meta}, aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

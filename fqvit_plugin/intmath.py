@@ -90,11 +90,13 @@ def int_layernorm(
     sum_ = u.sum(dim=-1, keepdim=True)
     variance = channels * (u * u).sum(dim=-1, keepdim=True) - sum_ * sum_  # < (C in_range / 2)**2
     guard = torch.round(eps * (channels / finest.double()) ** 2).clamp_max(2.0**50)
-    # Fractional bits of the root: as many as keep its radicand within 2**52, where float64 roots floor exactly.
-    root_bits = max(0, 26 - math.ceil(math.log2(max(channels * in_range / 2, 2))))
-    radicand = ((variance + guard) * 4.0**root_bits).clamp_max(2.0**52)
+    # Fractional bits of the root, a constant of the layer: as many as keep its radicand within 2**52, where float64
+    # roots floor exactly. The guard counts: it outweighs the variance where activations are small. Negative above
+    # 12-bit inputs.
+    root_bits = 26 - torch.ceil(torch.log2((channels * in_range / 2) ** 2 + guard) / 2)
+    radicand = torch.floor((variance + guard) * torch.exp2(2 * root_bits)).clamp_max(2.0**52)
     root = radicand.sqrt().floor().clamp_min(1)
-    reciprocal = torch.floor(2.0 ** (45 + root_bits) / root)
+    reciprocal = torch.floor(torch.exp2(45 + root_bits) / root)
     # |C u - S| * reciprocal = |x_hat| 2**45 <= sqrt(C) 2**45 < 2**51
     x_hat = (channels * u - sum_) * reciprocal
     x_hat = torch.floor(x_hat * 2.0 ** (_XHAT_BITS - 45) + 0.5)
@@ -163,6 +165,9 @@ def log_int_softmax_codes(distance: Tensor, scale: Tensor, bits: int, mask: Tens
     The exponentials come from a table over the logit codes, ``round(2**20 exp(-d s))``, so they are as good as
     the logits at every scale; ``k`` is found by comparing integers, no logarithm is taken.
 
+    A row in which every code would be zero (more than ``2**(2**bits - 1.5)`` equal tokens) counts its codes from its
+    largest probability instead, whose code becomes 0: only their differences matter once the row is normalized.
+
     Args:
         distance: (…, N) int64, ``max(x_q) - x_q`` of the row, zero where masked out.
         scale: (), of the logits.
@@ -182,8 +187,10 @@ def log_int_softmax_codes(distance: Tensor, scale: Tensor, bits: int, mask: Tens
     last = float(2**bits - 1)
     # frexp: ratio = m 2**e with m in [1/2, 1), so floor(log2(ratio)) = e - 1; quotients of 32-bit integers never
     # round up to a power of two in float64.
-    exponent = torch.frexp(ratio).exponent.double() - 1
-    return torch.where(threshold > 0, exponent, last).clamp(0, last)
+    exponent = (torch.frexp(ratio).exponent.double() - 1).masked_fill_(threshold == 0, torch.inf)
+    least = exponent.amin(dim=-1, keepdim=True)
+    exponent = torch.where(least < last, exponent, exponent - least)
+    return exponent.clamp_(0, last)
 
 
 def log_int_softmax(x: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:

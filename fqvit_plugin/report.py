@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from .phase import QuantLayer
 from .quantizers import Quantizer
 from .scheme import QuantScheme
 
@@ -78,8 +77,9 @@ def count_bytes(model: nn.Module) -> int:
     module: Any
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, QuantLayer) and hasattr(module, 'weight_quantizer'):
-            bits = module.weight_quantizer.spec.bit_type.bits
+        weight_quantizer: Any = getattr(module, 'weight_quantizer', None)
+        if weight_quantizer is not None:
+            bits = weight_quantizer.spec.bit_type.bits
             total += (own.pop('weight').numel() * bits + 7) // 8
         total += sum(p.numel() * 4 for p in own.values())
         if isinstance(module, Quantizer):

@@ -17,6 +17,10 @@ __all__ = [
     'QNormAct',
     'QPatchEmbed',
     'QPooling',
+    'check_ffn',
+    'check_norm',
+    'check_patch_embed',
+    'is_quantized',
     'link',
     'linked',
 ]
@@ -186,6 +190,40 @@ class QPatchEmbed(nn.Module):
         if self.norm is not None and self.norm_act is not None:
             x = self.norm_act(self.norm(x, self.patch_act, self.norm_act))
         return x, out_size
+
+
+def check_norm(norm: Any, path: str) -> None:
+    """Refuse norms other than LayerNorm.
+
+    Raises:
+        ValueError: names the norm.
+    """
+    if not isinstance(norm, nn.LayerNorm):
+        raise ValueError(f'{path} is a {type(norm).__name__}, not a LayerNorm: not covered')
+
+
+def check_ffn(ffn: Any, path: str) -> None:
+    """Refuse MLPs that are not two linear layers with an activation between, and a residual sum.
+
+    Raises:
+        ValueError: names the MLP.
+    """
+    if not hasattr(ffn, 'layers') or len(ffn.layers) != 3:
+        raise ValueError(f'{path} is a {type(ffn).__name__} with other than two linear layers: not covered')
+    if not ffn.add_identity:
+        raise ValueError(f'{path} has add_identity=False, without the residual sum: not covered')
+
+
+def check_patch_embed(embed: Any) -> None:
+    """Refuse patch embeddings other than a convolution, with or without a LayerNorm.
+
+    Raises:
+        ValueError: names the part that is not covered.
+    """
+    if not isinstance(embed.projection, nn.Conv2d):
+        raise ValueError(f'patch_embed.projection is a {type(embed.projection).__name__}, not a Conv2d: not covered')
+    if embed.norm is not None:
+        check_norm(embed.norm, 'patch_embed.norm')
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -11,8 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import QAct
-from .common import QFFN, LayerFactory, QNormAct, QPatchEmbed, link, linked
-from .vit import check_ffn
+from .common import (
+    QFFN,
+    LayerFactory,
+    QNormAct,
+    QPatchEmbed,
+    check_ffn,
+    check_norm,
+    check_patch_embed,
+    link,
+    linked,
+)
 
 __all__ = ['QPatchMerging', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
 
@@ -133,11 +142,17 @@ def check_swin(backbone: Any) -> None:
     Raises:
         ValueError: names the part that is not covered.
     """
+    check_patch_embed(backbone.patch_embed)
     for s, stage in enumerate(backbone.stages):
-        if stage.downsample is not None and not isinstance(stage.downsample.norm, nn.LayerNorm):
-            raise ValueError(f'stages.{s}.downsample has no LayerNorm, which is not covered')
+        if stage.downsample is not None:
+            check_norm(stage.downsample.norm, f'stages.{s}.downsample.norm')
         for b, block in enumerate(stage.blocks):
+            for path in ('norm1', 'norm2'):
+                check_norm(getattr(block, path), f'stages.{s}.blocks.{b}.{path}')
             check_ffn(block.ffn, f'stages.{s}.blocks.{b}.ffn')
+    for s in backbone.out_indices:
+        if not isinstance(norm := getattr(backbone, f'norm{s}'), nn.Identity):
+            check_norm(norm, f'norm{s}')
 
 
 def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
@@ -165,4 +180,5 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
         if s in backbone.out_indices:
             read = previous if backbone.out_after_downsample else feature_act
             norm = getattr(backbone, f'norm{s}')
-            setattr(backbone, f'norm{s}', QNormAct.wrap(norm, read, make))
+            if not isinstance(norm, nn.Identity):  # norm_cfg=None: the feature leaves on the grid of `read`
+                setattr(backbone, f'norm{s}', QNormAct.wrap(norm, read, make))

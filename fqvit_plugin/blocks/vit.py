@@ -14,7 +14,7 @@ from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
 from ..layers import QAct
-from .common import QFFN, LayerFactory, QPatchEmbed, link, linked
+from .common import QFFN, LayerFactory, QPatchEmbed, check_ffn, check_norm, check_patch_embed, link, linked
 
 __all__ = [
     'QDeiT3',
@@ -166,23 +166,13 @@ def check_vit(backbone: Any) -> None:
     """
     if not isinstance(getattr(backbone, 'pre_norm', nn.Identity()), nn.Identity):
         raise ValueError(f'{type(backbone).__name__} with pre_norm=True (CLIP) is not covered')
+    check_patch_embed(backbone.patch_embed)
     for i, layer in enumerate(backbone.layers):
         for path in ('ln1', 'ln2'):
-            if not isinstance(getattr(layer, path), nn.LayerNorm):
-                raise ValueError(f'layers.{i}.{path} is a {type(getattr(layer, path)).__name__}, not a LayerNorm')
+            check_norm(getattr(layer, path), f'layers.{i}.{path}')
         check_ffn(layer.ffn, f'layers.{i}.ffn')
         if getattr(layer.attn, 'v_shortcut', False):
             raise ValueError(f'layers.{i}.attn has a value shortcut, which is not covered')
-
-
-def check_ffn(ffn: Any, path: str) -> None:
-    """Refuse MLPs that are not two linear layers with an activation between.
-
-    Raises:
-        ValueError: names the MLP.
-    """
-    if not hasattr(ffn, 'layers') or len(ffn.layers) != 3:
-        raise ValueError(f'{path} is a {type(ffn).__name__} with other than two linear layers: not covered')
 
 
 def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
@@ -203,11 +193,12 @@ def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
         previous = backbone.layers[i].residual_act
     if backbone.final_norm:
         backbone.ln1 = make.norm(backbone.ln1)
+    norms_output = backbone.final_norm and len(backbone.layers) - 1 in backbone.out_indices
     if backbone.out_type == 'avg_featmap':
         backbone.ln2 = make.norm(backbone.ln2)
         backbone.pooled_act = make.norm_input(channels)
-        if backbone.final_norm:
+        if norms_output:
             backbone.token_act = make.act()
-    if backbone.final_norm or backbone.out_type == 'avg_featmap':
+    if norms_output or backbone.out_type == 'avg_featmap':
         backbone.output_act = make.act()
     backbone.__class__ = TWINS[type(backbone)]
