@@ -124,7 +124,7 @@ def test_compare_float_reports_both(images, tmp_path, spied):
 def weights_after_training(cfg):
     made = runner(cfg)
     made.train()
-    return made, {k: v.clone() for k, v in made.model.state_dict().items()}
+    return {k: v.clone() for k, v in made.model.state_dict().items()}
 
 
 @pytest.mark.parametrize('ema', [None, False, True], ids=['plain', 'ema', 'ema with buffers'])
@@ -135,7 +135,7 @@ def test_training_is_untouched_by_the_hook(images, tmp_path, ema):
     for name, extra in (('without', []), ('with', [dict(type='fqvit_plugin.QuantHook', num_batches=2)])):
         cfg = project(images, tmp_path / name)
         cfg.custom_hooks = [*hooks, *extra]
-        made, weights = weights_after_training(cfg)
+        weights = weights_after_training(cfg)
         saved = torch.load(tmp_path / name / 'epoch_2.pth', weights_only=False)
         results.append((weights, saved['state_dict']))
     (plain, plain_saved), (hooked, hooked_saved) = results
@@ -233,7 +233,10 @@ def test_training_images_serve_where_there_is_no_calib_dataloader(images, tmp_pa
         (dict(quant_scheme__act_bits=1), 'bits must be a whole number from 2 to 16, got 1'),
         (dict(quant_scheme__type='fqvit'), "unknown scheme 'fqvit'"),
         (dict(custom_hooks__0__num_batches=0), 'num_batches must be at least 1'),
-        (dict(model__backbone=dict(_delete_=True, type='ResNet', depth=18)), 'ResNet is not covered.*SwinTransformer'),
+        (
+            dict(model__backbone=dict(_delete_=True, type='ResNet', depth=18)),
+            'ResNet is not covered.*SwinTransformer',
+        ),
         (
             dict(model__backbone=dict(_delete_=True, type='SwinTransformerV2', arch='tiny', img_size=256)),
             'SwinTransformerV2 is not covered.*cosine attention',

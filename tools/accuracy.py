@@ -1,0 +1,170 @@
+"""Top-1 of ViT-Tiny and DeiT-Tiny on real photographs, float and by several recipes, on the same images."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmpretrain.registry import DATASETS, MODELS
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import fqvit_plugin as fq
+from fqvit_plugin.apis import load_config
+from fqvit_plugin.convert import load_checkpoint_file
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+WEIGHTS = {'vit_t': 'vit_tiny_patch16_224.pth', 'deit_t': 'deit_tiny_patch16_224.pth'}
+#: name -> arguments of get_scheme
+RECIPES: dict[str, dict[str, Any]] = {
+    'reference 8/8/8 noptf nolis': dict(name='fqvit_w8a8', ptf=False, lis=False, preset='reference'),
+    'reference 8/8/4': dict(name='fqvit_w8a8_attn4', preset='reference'),
+    'strict 8/8/4': dict(name='fqvit_w8a8_attn4'),
+    'strict 8/8/8': dict(name='fqvit_w8a8'),
+    'strict 8/8/8 nolis': dict(name='fqvit_w8a8', lis=False),
+    'strict 8/8/4 omse': dict(name='fqvit_w8a8_attn4', observer='omse'),
+    'strict 8/8/4 percentile': dict(name='fqvit_w8a8_attn4', observer='percentile'),
+}
+_EXAMPLES = """\
+IMAGES holds calib/ and val/, flat folders of files named `<class index>_<anything>.jpg`, and weights/ with the
+official ViT-Tiny and DeiT-Tiny files.
+
+examples:
+  python tools/accuracy.py ../shared/imagenet
+  python tools/accuracy.py ../shared/imagenet --models vit_t --recipes 'strict 8/8/4' --json out.json
+
+exit codes: 0 done, 2 something is wrong with what was given (one line on stderr)
+"""
+
+
+@dataclass(frozen=True)
+class Photos:
+    """Photographs as a config's pipeline gives them: uint8 (N, 3, H, W) in BGR, and their classes (N,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def batches(self, size: int) -> Iterator[dict[str, Any]]:
+        """What a data preprocessor takes."""
+        return ({'inputs': chunk} for chunk in self.images.split(size))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One recipe's result, on the same images as the float model's."""
+
+    model: str
+    recipe: str
+    images: int
+    top1: float
+    changed: int  #: images whose being right or wrong differs from float
+    seconds: float
+
+
+def read_photos(folder: Path, pipeline: list[dict]) -> Photos:
+    """Decode and resize every photograph of ``folder`` by the config's own test pipeline.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = sorted(folder.glob('*.jpg'))
+    if not files:
+        raise ValueError(f'{folder} has no .jpg files named <class index>_<anything>.jpg')
+    dataset = DATASETS.build(dict(type='CustomDataset', data_root=str(folder), pipeline=pipeline, lazy_init=True))
+    images = [dataset.pipeline({'img_path': str(file)})['inputs'] for file in files]
+    return Photos(torch.stack(images), torch.tensor([int(file.name.split('_')[0]) for file in files]))
+
+
+def load_model(name: str, weights: Path) -> tuple[Any, Any]:
+    """The config and the float classifier of ``name`` with the weights in ``weights``."""
+    cfg = load_config(CONFIGS / f'fqvit_{name}_w8a8_attn4.py')
+    model = MODELS.build(dict(**cfg.model, data_preprocessor=cfg.data_preprocessor))
+    model.load_state_dict(fq.convert_state_dict(load_checkpoint_file(weights / WEIGHTS[name])))
+    return cfg, model.eval()
+
+
+def forward(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Logits of one batch."""
+    return model(**model.data_preprocessor(batch, False), mode='tensor')
+
+
+@torch.no_grad()
+def right(model: Any, photos: Photos, batch_size: int = 50) -> Tensor:
+    """For each photograph whether the model's first answer is right."""
+    predicted = [forward(model, batch).argmax(1) for batch in photos.batches(batch_size)]
+    return torch.cat(predicted) == photos.labels
+
+
+def evaluate(images: Path, name: str, recipes: Sequence[str], batch_size: int = 20) -> Iterator[Row]:
+    """Float first, then every recipe, each on a model of its own."""
+    cfg, model = load_model(name, images / 'weights')
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    calib, val = (read_photos(images / split, pipeline) for split in ('calib', 'val'))
+    start = time.perf_counter()
+    base = right(model, val)
+    yield _row(name, 'float', base, base, start)
+    for recipe in recipes:
+        start = time.perf_counter()
+        _, model = load_model(name, images / 'weights')
+        input_quant = cfg.quant_scheme.input_quant
+        fq.quantize_model_(model, fq.get_scheme(**RECIPES[recipe], input_quant=input_quant))
+        fq.calibrate_(model, calib.batches(batch_size), forward)
+        fq.quant(model)
+        yield _row(name, recipe, right(model, val), base, start)
+
+
+def _row(model: str, recipe: str, hits: Tensor, base: Tensor, start: float) -> Row:
+    top1 = 100 * hits.float().mean().item()
+    return Row(model, recipe, len(hits), top1, int((hits != base).sum()), time.perf_counter() - start)
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The results for a terminal."""
+    result = Table('model', 'recipe', 'images', 'top-1', 'changed', 'seconds')
+    for row in rows:
+        cells = (row.model, row.recipe, str(row.images), f'{row.top1:.2f}', str(row.changed), f'{row.seconds:.0f}')
+        result.add_row(*cells)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('images', metavar='IMAGES', type=Path)
+    parser.add_argument('--models', nargs='+', choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), metavar='RECIPE')
+    parser.add_argument('--batch-size', type=int, default=20, metavar='N', help='of calibration (default: 20)')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there too')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate, print the table, write JSON."""
+    args = _parser().parse_args(argv)
+    console = Console()
+    rows: list[Row] = []
+    try:
+        for name in args.models:
+            for row in evaluate(args.images, name, args.recipes, args.batch_size):
+                rows.append(row)
+                console.print(f'{row.model}: {row.recipe} {row.top1:.2f} ({row.seconds:.0f} s)', highlight=False)
+    except (ValueError, OSError) as error:
+        print(f'accuracy.py: {error}', file=sys.stderr)
+        return 2
+    console.print(table(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
