@@ -82,7 +82,8 @@ def _loader_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
         loader = copy.deepcopy(dict(cfg['calib_dataloader']))
     elif cfg.get('train_dataloader') is not None:
         train = copy.deepcopy(dict(cfg['train_dataloader']))
-        train['dataset'].pop('pipeline', None)
+        for dataset in _innermost(train['dataset']):
+            dataset.pop('pipeline', None)
         loader = dict(
             dataset=train['dataset'],
             batch_size=test.get('batch_size', train.get('batch_size', 1)),
@@ -94,10 +95,23 @@ def _loader_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
             'no calibration images: the config has neither calib_dataloader nor train_dataloader. Write '
             'calib_dataloader beside test_dataloader, over training images'
         )
-    if 'pipeline' not in loader.get('dataset', {'pipeline': None}):
-        loader['dataset']['pipeline'] = _evaluation_pipeline(cfg)
+    for dataset in _innermost(loader.get('dataset')):
+        if 'pipeline' not in dataset:
+            dataset['pipeline'] = _evaluation_pipeline(cfg)
     loader.setdefault('sampler', dict(type='DefaultSampler', shuffle=True))
     return loader
+
+
+def _innermost(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset: they own the pipelines."""
+    if not isinstance(dataset, Mapping):
+        return
+    wrapped = dataset.get('datasets', [dataset['dataset']] if 'dataset' in dataset else None)
+    if wrapped is None:
+        yield dataset  # type: ignore[misc]
+    else:
+        for inner in wrapped:
+            yield from _innermost(inner)
 
 
 def _evaluation_pipeline(cfg: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ import mmengine.dist as dist
 import torch
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
-from mmengine.runner import BaseLoop, Runner
+from mmengine.runner import BaseLoop, Runner, autocast
 from mmpretrain.registry import HOOKS as MMPRETRAIN_HOOKS
 from torch import nn
 
@@ -187,6 +187,8 @@ def _evaluate(model: Any, loop: Any) -> dict[str, float]:
     was_training = model.training
     model.eval()
     for batch in loop.dataloader:
-        loop.evaluator.process(data_samples=model.test_step(batch), data_batch=batch)
+        with autocast(enabled=loop.fp16):
+            outputs = model.test_step(batch)
+        loop.evaluator.process(data_samples=outputs, data_batch=batch)
     model.train(was_training)
     return loop.evaluator.evaluate(len(loop.dataloader.dataset))

@@ -37,7 +37,7 @@ __all__ = [
 #: Elements worked on at a time in a search: small enough to stay in a core's cache.
 _CHUNK = 1 << 16
 #: torch.quantile refuses more elements than this, where the reference falls back on numpy's float64 ranks.
-_TORCH_QUANTILE_LIMIT = 16_000_000
+_TORCH_QUANTILE_LIMIT = 1 << 24
 
 
 class Observer(ABC):
@@ -191,7 +191,7 @@ class PercentileObserver(_AveragedRange):
     """Each batch's quantiles ``1 - alpha`` and ``alpha``, averaged over batches.
 
     Exact at every size and on every device: the two order statistics next to the rank are picked by ``topk`` and
-    interpolated linearly, as ``torch.quantile`` does below its limit of 16 million elements.
+    interpolated linearly, as ``torch.quantile`` does up to its limit of 16 million elements.
 
     Args:
         alpha: the upper quantile, in (0.5, 1].
@@ -233,7 +233,7 @@ class PercentileObserver(_AveragedRange):
 
     def _rank(self, q: float, samples: int) -> tuple[int, float]:
         """Index below the quantile, and the weight of the value above it."""
-        if self.arithmetic == 'reference' and samples < _TORCH_QUANTILE_LIMIT:
+        if self.arithmetic == 'reference' and samples <= _TORCH_QUANTILE_LIMIT:
             position = float(torch.tensor(q, dtype=torch.float32) * (samples - 1))  # torch ranks in float32
         else:
             position = q * (samples - 1)
@@ -315,10 +315,16 @@ class PtfObserver(RangeObserver):
     shared_zero_point = True
     factors = 4
 
+    def __init__(self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict') -> None:
+        super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
+        if axis is None:
+            raise ValueError(
+                'the ptf observer gives every channel a factor of its own, so it needs an axis; ptf=True puts it '
+                'where it belongs, on the inputs of LayerNorm'
+            )
+
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of shape (C,) and the shared zero point of shape ()."""
-        if self.axis is None:
-            raise ValueError('the ptf observer gives every channel its own factor: it needs an axis')
         lo, hi = self.bounds()
         qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
         widest, zero_point = affine_qparams(lo.min(), hi.max(), qmin, qmax, self.arithmetic)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .functional import align, fake_quantize, log2_codes, log2_dequantize, quantize
-from .observers import Observer
-from .registry import OBSERVERS, QUANTIZERS, lookup
+from .registry import QUANTIZERS, lookup
 from .scheme import QuantSpec
 
 __all__ = ['Log2Quantizer', 'Quantizer', 'UniformQuantizer', 'build_quantizer']
@@ -76,7 +75,7 @@ class UniformQuantizer(Quantizer):
 
     def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
         super().__init__(spec, channels)
-        self.observer = self._fresh_observer()
+        self.observer = spec.build_observer()
         if spec.axis is not None and channels is None:
             raise ValueError(f'a scale per channel (axis={spec.axis}) needs the number of channels')
         shape = () if spec.axis is None or channels is None else (channels,)
@@ -84,15 +83,6 @@ class UniformQuantizer(Quantizer):
         zero_shape = () if self.observer.shared_zero_point else shape
         self.register_buffer('zero_point', torch.zeros(zero_shape, dtype=torch.int32))
         self._taken: tuple[Tensor, Tensor] | None = None
-
-    def _fresh_observer(self) -> Observer:
-        spec = self.spec
-        observer = lookup(OBSERVERS, spec.observer)
-        options = dict(spec.observer_options)
-        try:
-            return observer(spec.bit_type, axis=spec.axis, arithmetic=spec.arithmetic, **options)
-        except TypeError as error:  # mmengine swallows the traceback of a TypeError in a hook
-            raise ValueError(f'observer {spec.observer!r} does not take {options}: {error}') from None
 
     def observe(self, x: Tensor) -> None:
         """Take one batch into account.
@@ -120,7 +110,7 @@ class UniformQuantizer(Quantizer):
 
     def reset(self) -> None:
         """Start observing afresh."""
-        self.observer = self._fresh_observer()
+        self.observer = self.spec.build_observer()
         self._taken = None
 
     @property

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .functional import Arithmetic
 from .registry import OBSERVERS, QUANTIZERS, lookup
+
+if TYPE_CHECKING:
+    from .observers import Observer
 
 __all__ = ['SCHEME_NAMES', 'BitType', 'QuantScheme', 'QuantSpec', 'get_scheme', 'parse_scheme']
 
@@ -83,10 +86,24 @@ class QuantSpec:
     observer_options: tuple[tuple[str, float], ...] = ()
 
     def __post_init__(self) -> None:
-        lookup(OBSERVERS, self.observer)
         lookup(QUANTIZERS, self.quantizer)
         if self.arithmetic not in PRESETS:
             raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {self.arithmetic!r}')
+        self.build_observer()  # a recipe that cannot be built is no recipe
+
+    def build_observer(self) -> Observer:
+        """A fresh observer of this recipe.
+
+        Raises:
+            ValueError: unknown observer, or one that does not take these options or no axis.
+        """
+        observer = lookup(OBSERVERS, self.observer)
+        options = dict(self.observer_options)
+        try:
+            return observer(self.bit_type, axis=self.axis, arithmetic=self.arithmetic, **options)
+        except TypeError as error:  # mmengine swallows the traceback of a TypeError in a hook
+            reason = str(error).split('() ')[-1]
+            raise ValueError(f'observer {self.observer!r} does not take {options}: {reason}') from None
 
 
 @dataclass(frozen=True)
@@ -112,6 +129,10 @@ class QuantScheme:
     log_int_softmax: bool
     int_norm: bool
     input_quant: bool
+
+    def __post_init__(self) -> None:
+        for field in ('log_int_softmax', 'int_norm', 'input_quant'):
+            _require_bool(field, getattr(self, field))
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -190,6 +211,8 @@ def get_scheme(
         raise ValueError(f'unknown scheme {name!r}; there is: {", ".join(SCHEME_NAMES)}')
     if preset not in PRESETS:
         raise ValueError(f'unknown preset {preset!r}; there is: {", ".join(PRESETS)}')
+    for flag, value in (('ptf', ptf), ('lis', lis), ('input_quant', input_quant)):
+        _require_bool(flag, value)
     known = {'weight_bits': 8, 'act_bits': 8, 'attn_bits': SCHEME_NAMES[name]}
     if unknown := sorted(set(bits) - set(known)):
         raise ValueError(f'unknown option {unknown[0]!r} of get_scheme; bits are set by {", ".join(known)}')
@@ -217,6 +240,12 @@ def get_scheme(
         int_norm=ptf or arithmetic == 'strict',
         input_quant=input_quant,
     )
+
+
+def _require_bool(name: str, value: Any) -> None:
+    """``--cfg-options quant_scheme.lis=no`` gives a string, which would count as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f'{name} must be True or False, got {value!r}')
 
 
 def _parse_observer(observer: str | Mapping[str, Any]) -> tuple[str, tuple[tuple[str, float], ...]]:

@@ -77,7 +77,8 @@ def calibrate(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise ValueError('--device cuda: this torch sees no GPU')
-    logger = MMLogger.get_instance('fqvit_calibrate', log_level='INFO')
+    logger = MMLogger.get_current_instance()
+    logger.setLevel('INFO')
     data = CalibrationSet.build(cfg, args.batches, args.seed)
     model = build_classifier(cfg, args.checkpoint, args.device)
     report = fq.quantize_model_(model, scheme)

@@ -196,7 +196,7 @@ def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
     norms_output = backbone.final_norm and len(backbone.layers) - 1 in backbone.out_indices
     if backbone.out_type == 'avg_featmap':
         backbone.ln2 = make.norm(backbone.ln2)
-        backbone.pooled_act = make.norm_input(channels)
+        backbone.pooled_act = make.act()  # one sample per image and channel: too few to choose a factor by
         if norms_output:
             backbone.token_act = make.act()
     if norms_output or backbone.out_type == 'avg_featmap':
