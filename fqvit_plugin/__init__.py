@@ -4,6 +4,7 @@ Importing this package registers its layers and its hook with MMPretrain, and le
 checkpoints under torch 2.6 and later.
 """
 
+from .apis import load_quantized_
 from .checkpoint_io import install_mmengine_loader
 from .convert import convert_state_dict
 from .hooks import QuantHook
@@ -57,6 +58,7 @@ __all__ = [
     'convert_state_dict',
     'dequant',
     'get_scheme',
+    'load_quantized_',
     'open_calibrate',
     'open_last_calibrate',
     'quant',

@@ -1,4 +1,4 @@
-"""Building and loading a classifier from a config without a runner, for tools and tests."""
+"""Building and loading a classifier without a runner: float from a config, quantized from a calibrated checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 from torch import nn
 
-from .checkpoint import check_weights
+from .checkpoint import check_weights, load_calibrated_, stored_scheme, take_calibrated
 from .checkpoint_io import load_checkpoint
+from .lifecycle import quant
+from .report import Report
+from .surgery import quantize_model_
 
-__all__ = ['build_classifier', 'load_config']
+__all__ = ['build_classifier', 'load_config', 'load_quantized_']
 
 
 def load_config(path: str | os.PathLike, options: dict | None = None) -> Config:
@@ -49,3 +52,23 @@ def build_classifier(cfg: Config, checkpoint: str | os.PathLike, device: str = '
     check_weights(model, state_dict)
     model.load_state_dict(state_dict, strict=False)  # check_weights was the strict part
     return model.to(device).eval()
+
+
+def load_quantized_(model: nn.Module, checkpoint: str | os.PathLike) -> Report:
+    """Turn a freshly built float ``model`` into the quantized one of a calibrated checkpoint, without data.
+
+    Does the surgery of the checkpoint's own scheme, loads weights, scales and zero points, and calls ``quant``.
+
+    Raises:
+        ValueError: the file is no calibrated checkpoint, or of another model.
+    """
+    loaded = load_checkpoint(checkpoint)
+    scheme = stored_scheme(loaded)
+    state = take_calibrated(loaded, scheme)
+    assert state is not None
+    check_weights(model, loaded['state_dict'])
+    model.load_state_dict(loaded['state_dict'], strict=False)  # check_weights was the strict part
+    report = quantize_model_(model, scheme)
+    load_calibrated_(model, state)
+    quant(model.eval())
+    return report

@@ -26,6 +26,7 @@ __all__ = [
     'check_weights',
     'load_calibrated_',
     'save_calibrated',
+    'stored_scheme',
     'take_calibrated',
 ]
 
@@ -77,6 +78,20 @@ def save_calibrated(
         aside.unlink(missing_ok=True)
 
 
+def stored_scheme(checkpoint: Mapping[str, Any]) -> QuantScheme:
+    """The scheme a loaded checkpoint was calibrated with.
+
+    Raises:
+        ValueError: it is a float checkpoint, or of another format.
+    """
+    info = checkpoint.get('meta', {}).get(_KEY)
+    if info is None:
+        raise ValueError('this is no calibrated checkpoint: calibrate with tools/calibrate.py or the QuantHook')
+    if info.get('format') != _FORMAT:
+        raise ValueError(f'calibrated checkpoint of format {info.get("format")!r}; this version reads {_FORMAT}')
+    return QuantScheme.from_dict(info['scheme'])
+
+
 def take_calibrated(checkpoint: MutableMapping[str, Any], expected: QuantScheme) -> CalibratedState | None:
     """Take scales and zero points out of a loaded ``checkpoint``; ``None`` if it is a float one.
 
@@ -86,9 +101,7 @@ def take_calibrated(checkpoint: MutableMapping[str, Any], expected: QuantScheme)
     info = checkpoint.get('meta', {}).get(_KEY)
     if info is None:
         return None
-    if info.get('format') != _FORMAT:
-        raise ValueError(f'calibrated checkpoint of format {info.get("format")!r}; this version reads {_FORMAT}')
-    scheme = QuantScheme.from_dict(info['scheme'])
+    scheme = stored_scheme(checkpoint)
     if different := scheme.differences(expected):
         raise ValueError(
             'the checkpoint was calibrated with another scheme (checkpoint != config): '
