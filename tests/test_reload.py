@@ -30,8 +30,7 @@ print(report)
 """
 
 
-@pytest.mark.parametrize('kind', ['vit', 'swin'])
-@pytest.mark.parametrize('preset', ['strict', 'reference'])
+@pytest.mark.parametrize(('kind', 'preset'), [('vit', 'strict'), ('swin', 'reference')])
 def test_equal_logits_in_a_new_process(tmp_path, kind, preset):
     torch.manual_seed(1)
     images = torch.randn(4, 3, 32, 32)

@@ -1,5 +1,5 @@
-# A Swin transformer of two stages, 14 x 14 and 7 x 7 tokens, with the usual 7 x 7 windows: the first
-# stage has four windows and a shifted block, the second is one window.
+# A Swin transformer of two stages, 8 x 8 and 4 x 4 tokens, in windows of 4 x 4: the first stage has
+# four windows and a shifted block, the second is one window. A patch is one pixel of the digit.
 _base_ = ['_base_/data.py', '_base_/schedule.py']
 
 model = dict(
@@ -18,6 +18,6 @@ model = dict(
         type='LinearClsHead',
         num_classes=10,
         in_channels=64,
-        loss=dict(type='CrossEntropyLoss', loss_weight=1.0),
+        loss=dict(type='LabelSmoothLoss', label_smooth_val=0.1, mode='original'),
     ),
 )

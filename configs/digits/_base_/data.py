@@ -4,7 +4,7 @@ dataset_type = 'CustomDataset'
 data_root = 'work_dirs/demo/digits'
 
 # Mean and standard deviation of the training images; a grey file is read as three equal channels.
-data_preprocessor = dict(num_classes=10, mean=[77.8] * 3, std=[90.8] * 3, to_rgb=True)
+data_preprocessor = dict(num_classes=10, mean=[78.9] * 3, std=[89.0] * 3, to_rgb=True)
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
@@ -32,8 +32,8 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-# QuantHook calibrates on this: training images, seen through the test pipeline. Images that are scored
-# never choose a scale.
+# QuantHook calibrates on this: training images, seen through the test pipeline. Images that are
+# scored never choose a scale.
 calib_dataloader = dict(
     batch_size=64,
     num_workers=0,
