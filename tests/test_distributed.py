@@ -35,7 +35,10 @@ def run_two_ranks(*configs):
     root = str(WORKER.parents[1])
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': root, 'PYTHONWARNINGS': 'ignore'}
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
-    return subprocess.run([*torchrun, str(WORKER), *configs], env=env, capture_output=True, text=True, timeout=300)
+    command = [*torchrun, str(WORKER), *configs]
+    # mmengine gathers results through files in the current folder
+    folder = Path(configs[0]).parent
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
 
 
 def scales(work_dir):

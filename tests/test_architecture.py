@@ -1,0 +1,134 @@
+"""The package's layering: imports only point up one list, and no file grows past a screenful of screenfuls.
+
+Oracle: ``ORDER`` below, which is the layout the design promises, and the syntax tree of every file.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fqvit_plugin
+
+PACKAGE = Path(fqvit_plugin.__file__).parent
+NAME = PACKAGE.name
+
+#: A module may import those above it. A new module belongs as far up as its imports allow.
+ORDER = [
+    'registry',
+    'functional',
+    'scheme',
+    'observers',
+    'quantizers',
+    'intmath',
+    'phase',
+    'layers',
+    'lifecycle',
+    'blocks',
+    'blocks.common',
+    'blocks.vit',
+    'blocks.swin',
+    'report',
+    'surgery',
+    'checkpoint_io',
+    '_convert_names',
+    'convert',
+    'distributed',
+    'calibration',
+    'checkpoint',
+    'apis',
+    'hooks',
+    '',  # the package itself
+    'configs',  # for users' configs to inherit; nothing of the package may need it
+    'configs.fqvit',
+]
+#: Siblings that must not know each other, although one stands above the other.
+STRANGERS = [('blocks.swin', 'blocks.vit'), ('checkpoint', 'calibration')]
+FILES = sorted(path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts)
+
+
+def module_of(path: Path) -> str:
+    """``blocks.vit`` of ``blocks/vit.py``, ``blocks`` of ``blocks/__init__.py``."""
+    parts = path.relative_to(PACKAGE).with_suffix('').parts
+    return '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and 'TYPE_CHECKING' in ast.unparse(node.test)
+
+
+def imports_of(path: Path, tree: ast.AST | None = None) -> set[str]:
+    """Modules of this package that ``path`` imports when it runs, wherever in the file."""
+    found: set[str] = set()
+    # the package that a leading dot means: blocks/vit.py and blocks/__init__.py both live in blocks
+    home = [NAME, *path.relative_to(PACKAGE).parent.parts]
+    for node in ast.iter_child_nodes(tree or ast.parse(path.read_text(encoding='utf-8'))):
+        if is_type_checking(node):
+            continue
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = home[: len(home) - node.level + 1] if node.level else []
+            source = '.'.join([*base, *([node.module] if node.module else [])])
+            # `from . import layers` names a module, `from .layers import QAct` a thing in one
+            names = [f'{source}.{a.name}' if is_module(f'{source}.{a.name}') else source for a in node.names]
+        found.update(n.removeprefix(NAME).lstrip('.') for n in names if n.split('.')[0] == NAME)
+        found |= imports_of(path, node)
+    return found
+
+
+def is_module(name: str) -> bool:
+    place = PACKAGE.parent.joinpath(*name.split('.'))
+    return place.with_suffix('.py').is_file() or (place / '__init__.py').is_file()
+
+
+def test_the_list_is_complete():
+    modules = {module_of(path) for path in FILES}
+    assert modules == set(ORDER), 'ORDER lists other modules than there are: put new ones where they belong'
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: module_of(p) or '__init__')
+def test_imports_point_up(path):
+    module = module_of(path)
+    above = set(ORDER[: ORDER.index(module)])
+    down = sorted(imports_of(path) - above)
+    assert not down, f'{module or NAME} imports {", ".join(down)}, which should not be below it in ORDER'
+
+
+@pytest.mark.parametrize(('module', 'other'), STRANGERS)
+def test_siblings_are_strangers(module, other):
+    path = PACKAGE.joinpath(*module.split('.')).with_suffix('.py')
+    assert not {name for name in imports_of(path) if name == other or name.startswith(f'{other}.')}
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda p: module_of(p) or '__init__')
+def test_no_file_over_400_lines(path):
+    assert len(path.read_text(encoding='utf-8').splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    ('source', 'expected'),
+    [
+        ('from .layers import QAct', {'layers'}),
+        ('from . import layers, phase', {'layers', 'phase'}),
+        ('from fqvit_plugin.blocks.vit import check_vit', {'blocks.vit'}),
+        ('import fqvit_plugin.hooks, torch', {'hooks'}),
+        ('import fqvit_plugin', {''}),
+        ('def f():\n    if True:\n        from .surgery import check_model', {'surgery'}),
+        ('if TYPE_CHECKING:\n    from .hooks import QuantHook', set()),
+        ('import torch\nfrom mmengine import Config', set()),
+    ],
+)
+def test_this_files_own_reading(source, expected):
+    assert imports_of(PACKAGE / 'layers.py', ast.parse(source)) == expected
+
+
+def test_dots_are_counted_from_the_file():
+    inside = PACKAGE / 'blocks' / 'vit.py'
+    assert imports_of(inside, ast.parse('from ..layers import QAct\nfrom .common import link')) == {
+        'layers',
+        'blocks.common',
+    }

@@ -1,0 +1,347 @@
+"""Integer LayerNorm and Log-Int-Softmax against the same rules in Python integers, and against float."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import tensor
+
+from fqvit_plugin.functional import affine_qparams, fake_quantize
+from fqvit_plugin.intmath import (
+    int_layernorm,
+    int_layernorm_reference,
+    log_int_softmax,
+    log_int_softmax_codes,
+    log_int_softmax_reference,
+)
+from fqvit_plugin.observers import PtfObserver
+from fqvit_plugin.scheme import BitType
+
+EPS = 1e-6
+
+# ---------------------------------------------------------------- LayerNorm
+
+
+def dyadic(gain: float, offset: float) -> tuple[int, int, int]:
+    """(M, B, N) of the docstring: M has 24 bits, unless B would pass 2**51 or N leave 16..40."""
+    by_gain = 16 + 23 - math.floor(math.log2(abs(gain))) if gain else 40
+    by_offset = 50 - math.ceil(math.log2(abs(offset) + 1))
+    shift = min(max(min(by_gain, by_offset), 16), 40)
+    return round(Fraction(gain) * 2 ** (shift - 16)), round(Fraction(offset) * 2**shift), shift
+
+
+def layernorm_in_python_ints(u, in_range, finest, out_scale, weight, bias, eps):
+    """One token of codes ``u`` to output codes: sums, integer root, a division, then a multiply and a shift each."""
+    channels = len(u)
+    total = sum(u)
+    variance = channels * sum(v * v for v in u) - total * total
+    guard = min(round(Fraction(eps) * channels**2 / Fraction(finest) ** 2), 2**50)
+    # the most fractional bits with which the largest radicand stays within 52 bits
+    largest = Fraction(channels * in_range, 2) ** 2 + guard
+    root_bits = 26
+    while largest * Fraction(4) ** root_bits > 2**52:
+        root_bits -= 1
+    radicand = (variance + guard) << 2 * root_bits if root_bits >= 0 else (variance + guard) >> -2 * root_bits
+    root = max(math.isqrt(radicand), 1)
+    reciprocal = (1 << (45 + root_bits)) // root
+    codes = []
+    for v, w, b in zip(u, weight, bias, strict=True):
+        x_hat = ((channels * v - total) * reciprocal + (1 << 28)) >> 29  # 16 fractional bits, halves up
+        gain, offset, shift = dyadic(w / out_scale, b / out_scale)
+        codes.append((x_hat * gain + offset + (1 << (shift - 1))) >> shift)
+    return codes
+
+
+def tokens(kind: str, channels: int, generator: torch.Generator) -> torch.Tensor:
+    """Codes of a few tokens, within -255..255."""
+    if kind == 'random':
+        return torch.randint(-128, 128, (4, channels), generator=generator)
+    if kind == 'constant':
+        return torch.full((2, channels), 37)
+    if kind == 'zero':
+        return torch.zeros(2, channels, dtype=torch.int64)
+    if kind == 'huge mean':  # an offset of 250 codes and a spread of two
+        return 250 + torch.randint(-2, 3, (4, channels), generator=generator)
+    if kind == 'one outlier':
+        codes = torch.zeros(2, channels, dtype=torch.int64)
+        codes[0, channels // 2], codes[1, 0] = 255, -255
+        return codes
+    raise AssertionError(kind)
+
+
+KINDS = ('random', 'constant', 'zero', 'huge mean', 'one outlier')
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('channels', [24, 48, 192, 384, 1536])
+@pytest.mark.parametrize('ptf', [False, True], ids=['per tensor', 'ptf'])
+def test_layernorm_is_the_same_in_python_ints(kind, channels, ptf):
+    generator = torch.Generator().manual_seed(channels)
+    codes = tokens(kind, channels, generator)
+    finest = 0.0123
+    factors = (
+        torch.randint(0, 4, (channels,), generator=generator) if ptf else torch.zeros(channels, dtype=torch.int64)
+    )
+    factors[0] = 0
+    in_scale = tensor(finest) * 2.0**factors if ptf else tensor(finest)
+    weight = torch.randn(channels, generator=generator)
+    bias = torch.randn(channels, generator=generator)
+    weight[1], bias[2], weight[3], bias[3] = 0, 0, 1e-9, 1e4  # gains and offsets at the ends of their range
+    out_scale = tensor(0.031)
+    in_range = 255 * (8 if ptf else 1)
+
+    y = int_layernorm(codes * in_scale, in_scale, in_range, out_scale, weight, bias, EPS)
+
+    u = (codes * 2**factors).tolist()
+    numbers = [t.double().tolist() for t in (in_scale.min(), out_scale, weight, bias)]
+    expected = [layernorm_in_python_ints(token, in_range, *numbers, EPS) for token in u]
+    assert torch.round(y / out_scale).long().tolist() == expected
+    torch.testing.assert_close(y, tensor(expected) * out_scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(('finest', 'eps'), [(1e-7, 1e-5), (1e-6, 1e-6), (1e-3, 1e-6), (0.5, 1e-5), (50.0, 1e-5)])
+@pytest.mark.parametrize('channels', [24, 384, 1536])
+def test_layernorm_with_small_and_large_steps_is_the_same_in_python_ints(finest, eps, channels):
+    generator = torch.Generator().manual_seed(1)
+    codes = tokens('random', channels, generator)
+    weight, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator)
+    step, out_scale = tensor(finest), tensor(0.02)
+    y = int_layernorm(codes * step, step, 255, out_scale, weight, bias, eps)
+    numbers = [t.double().tolist() for t in (step, out_scale, weight, bias)]
+    expected = [layernorm_in_python_ints(token, 255, *numbers, eps) for token in codes.tolist()]
+    assert torch.round(y / out_scale).long().tolist() == expected
+
+
+def quantized_activations(channels, spread, ptf, bits=8, seed=0):
+    """Random tokens on an 8-bit grid: values, scales, the largest integer."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, channels, generator=generator) * spread
+    qmax = 2**bits - 1
+    if ptf:
+        x = x * 2.0 ** torch.randint(-3, 1, (channels,), generator=generator)
+        observer = PtfObserver(BitType(bits, False), axis=-1)
+        observer.update(x)
+        scale, zero_point = observer.qparams(x)
+    else:
+        scale, zero_point = affine_qparams(x.min(), x.max(), 0, qmax)
+    return fake_quantize(x, scale, zero_point, 0, qmax), scale, qmax * (8 if ptf else 1)
+
+
+def code_errors(x, scale, in_range, eps, seed=0):
+    """Distance to float LayerNorm, in output steps."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = x.shape[-1]
+    weight, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator)
+    exact = F.layer_norm(x.double(), (channels,), weight.double(), bias.double(), eps)
+    out_scale = (exact.abs().max() / 127).float()
+    y = int_layernorm(x, scale, in_range, out_scale, weight, bias, eps)
+    return (y - exact).abs() / out_scale
+
+
+@pytest.mark.parametrize('ptf', [False, True], ids=['per tensor', 'ptf'])
+@pytest.mark.parametrize('channels', [24, 96, 384, 1536])
+@pytest.mark.parametrize('spread', [1e-4, 1e-3, 1.0, 1e3])
+def test_layernorm_rounds_float_layer_norm(ptf, channels, spread):
+    # oracle: torch in float64. Small spreads are ruled by eps, which the integer root must carry too.
+    errors = code_errors(*quantized_activations(channels, spread, ptf), EPS)
+    assert errors.max() <= 1
+    assert (errors <= 0.505).double().mean() >= 0.999, 'no more than rounding, nearly always'
+
+
+@pytest.mark.parametrize('channels', [24, 1536])
+def test_layernorm_of_16_bit_inputs(channels):
+    errors = code_errors(*quantized_activations(channels, 1.0, True, bits=16), EPS)
+    assert errors.max() <= 1
+
+
+def test_reference_layernorm_is_coarser():
+    # field.md C4: its floored 8-bit multiplier changes a tenth of the codes
+    x, scale, _ = quantized_activations(192, 1.0, True)
+    weight, bias, out_scale = torch.ones(192), torch.zeros(192), tensor(0.03)
+    exact = torch.round(F.layer_norm(x, (192,), eps=EPS) / out_scale)
+    reference = torch.round(int_layernorm_reference(x, scale, out_scale, weight, bias) / out_scale)
+    strict = torch.round(int_layernorm(x, scale, 255 * 8, out_scale, weight, bias, EPS) / out_scale)
+    changed = (reference != exact).double().mean()
+    assert 0.03 < changed < 0.3
+    assert (strict != exact).double().mean() < 0.001
+
+
+@pytest.mark.parametrize('value', [0.0, 2.46])
+def test_dead_token_is_the_bias_in_strict_and_not_finite_in_reference(value):
+    # field.md C1: the reference has no eps
+    x, scale, out_scale = torch.full((3, 48), value), tensor(0.0123), tensor(0.05)
+    weight, bias = torch.randn(48), torch.randn(48)
+    y = int_layernorm(x, scale, 255, out_scale, weight, bias, EPS)
+    torch.testing.assert_close(y, (torch.round(bias / out_scale) * out_scale).expand(3, -1))
+    assert not torch.isfinite(int_layernorm_reference(x, scale, out_scale, weight, bias)).all()
+
+
+@pytest.mark.parametrize('shape', [(48,), (5, 48), (2, 5, 48), (2, 3, 4, 48)])
+def test_layernorm_takes_any_leading_shape(shape):
+    x = torch.randint(-100, 100, shape) * 0.5
+    arguments = tensor(0.5), 255, tensor(0.05), torch.randn(48), torch.randn(48), EPS
+    rows = torch.stack([int_layernorm(row, *arguments) for row in x.reshape(-1, 48)])
+    assert torch.equal(int_layernorm(x, *arguments), rows.reshape(shape))
+
+
+# ---------------------------------------------------------------- Log-Int-Softmax
+
+
+def codes_in_python_ints(distances, scale, bits, allowed):
+    """k = floor(log2(sum / (exp / sqrt 2))) on tables of whole numbers, by integer comparison alone."""
+    exp = [round(2**20 * math.exp(-d * scale)) if ok else 0 for d, ok in zip(distances, allowed, strict=True)]
+    threshold = [
+        round(2**20 / math.sqrt(2) * math.exp(-d * scale)) if ok else 0
+        for d, ok in zip(distances, allowed, strict=True)
+    ]
+    total, last = sum(exp), 2**bits - 1
+    exponents = []
+    for t in threshold:
+        k = 0
+        while t and total >= t << (k + 1):
+            k += 1
+        exponents.append(k if t else None)
+    least = min(k for k in exponents if k is not None)
+    start = least if least >= last else 0  # a row that would vanish counts from its largest entry
+    return [last if k is None else min(k - start, last) for k in exponents]
+
+
+def logits(rows=16, size=50, seed=0, spread=40):
+    return torch.round(torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)) * spread).clamp(
+        -128, 127
+    )
+
+
+SCALES = [1e-4, 1e-3, 0.01, 0.05, 0.15, 0.3, 0.5, 1.0, 1.7, 3.0, 10.0]
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('masked', [False, True])
+def test_softmax_codes_are_the_same_in_python_ints(scale, bits, masked):
+    q = logits()
+    forbidden = torch.rand(q.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    forbidden[:, 0] = False
+    forbidden &= tensor(masked)
+    distance = q.masked_fill(forbidden, -999).amax(-1, keepdim=True) - q
+    distance = distance.masked_fill(forbidden, 0).long()
+    step = tensor(scale)
+    codes = log_int_softmax_codes(distance, step, bits, forbidden if masked else None)
+    expected = [
+        codes_in_python_ints(row, step.double().item(), bits, allowed)
+        for row, allowed in zip(distance.tolist(), (~forbidden).tolist(), strict=True)
+    ]
+    assert codes.long().tolist() == expected
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_softmax_codes_are_rounded_logarithms(scale):
+    # oracle: softmax in float64; the tables hold 20 fractional bits, so down to 2**-10 they decide all but near ties
+    q, step = logits(rows=200), tensor(scale)
+    distance = (q.amax(-1, keepdim=True) - q).long()
+    exact = -torch.log2(torch.softmax(q.double() * step.double(), -1))
+    seen = exact < 10
+    codes = log_int_softmax_codes(distance, step, 4)
+    assert (codes - exact)[seen].abs().max() <= 0.5 + 2e-3
+
+
+@pytest.mark.parametrize('scale', SCALES)
+@pytest.mark.parametrize('bits', [2, 3, 4, 8, 16])
+def test_softmax_rows_sum_to_one_at_every_scale(scale, bits):
+    p = log_int_softmax(logits(size=197) * tensor(scale), tensor(scale), bits)
+    assert torch.isfinite(p).all()
+    assert (p >= 0).all()
+    torch.testing.assert_close(p.sum(-1), torch.ones(16), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+@pytest.mark.parametrize('size', [1, 2, 16, 197, 1000])
+def test_equal_logits_share_equally(bits, size):
+    # with few bits every share is below the smallest power of two: the row may not vanish
+    p = log_int_softmax(torch.full((2, size), 5.0), tensor(0.1), bits)
+    torch.testing.assert_close(p, torch.full((2, size), 1 / size))
+
+
+def test_a_vanishing_row_keeps_its_order():
+    # 2 bits hold 1, 1/2, 1/4 and zero; 100 tokens of probability 1/100 and 100 of half that
+    q = tensor([[0.0] * 100 + [-1.0] * 100])
+    p = log_int_softmax(q * math.log(2), tensor(math.log(2)), 2)
+    torch.testing.assert_close(p[0, :100] / p[0, 100:], torch.full((100,), 2.0))
+
+
+def test_masked_entries_are_zero_and_count_for_nothing():
+    q, step = logits(rows=8, size=20), tensor(0.1)
+    mask = torch.zeros(8, 20)
+    mask[:, 12:] = -100.0
+    p = log_int_softmax(q * step, step, 4, mask)
+    assert (p[:, 12:] == 0).all()
+    assert torch.equal(p[:, :12], log_int_softmax(q[:, :12] * step, step, 4))
+
+
+def test_a_large_forbidden_logit_counts_for_nothing():
+    q = tensor([[1.0, 2.0, 127.0]])
+    p = log_int_softmax(q, tensor(1.0), 8, tensor([0.0, 0.0, -100.0]))
+    assert torch.equal(p[:, :2], log_int_softmax(q[:, :2], tensor(1.0), 8))
+    assert p[0, 2] == 0
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_one_allowed_entry_takes_all(scale):
+    mask = torch.full((5, 9), -100.0)
+    mask[torch.arange(5), torch.arange(5)] = 0
+    p = log_int_softmax(logits(5, 9) * scale, tensor(scale), 4, mask)
+    assert torch.equal(p, (mask == 0).float())
+
+
+def test_mask_broadcasts_over_windows_and_heads():
+    # Swin: logits (images, windows, heads, N, N), mask (windows, 1, N, N)
+    step = tensor(0.1)
+    x = logits(2 * 3 * 4 * 6, 6).reshape(2, 3, 4, 6, 6) * step
+    mask = torch.where(torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5, -100.0, 0.0)
+    mask[..., range(6), range(6)] = 0
+    p = log_int_softmax(x, step, 4, mask)
+    for window in range(3):
+        single = log_int_softmax(x[1, window, 2], step, 4, mask[window, 0])
+        assert torch.equal(p[1, window, 2], single)
+
+
+def test_softmax_ignores_a_common_offset():
+    q, step = logits(), tensor(0.05)
+    assert torch.equal(log_int_softmax(q * step, step, 4), log_int_softmax((q + 77) * step, step, 4))
+
+
+def test_softmax_keeps_the_dtype():
+    assert log_int_softmax(torch.zeros(2, 3), tensor(0.1), 4).dtype == torch.float32
+
+
+@pytest.mark.parametrize('scale', [0.02, 0.05, 0.1, 0.2, 0.5])
+def test_strict_softmax_is_nearer_to_float_than_the_reference(scale):
+    # what counts is the product with V; oracle: float softmax of the same logits (field.md D2, D6)
+    generator = torch.Generator().manual_seed(0)
+    step = tensor(scale)
+    q = torch.round(torch.randn(4, 64, 64, generator=generator) / scale).clamp(-128, 127)
+    v = torch.randn(4, 64, 32, generator=generator)
+    exact = torch.softmax(q * step, -1) @ v
+    strict, reference = (
+        (f(q * step, step, 4) @ v - exact).abs().mean() for f in (log_int_softmax, log_int_softmax_reference)
+    )
+    assert strict < 0.95 * reference
+    # the reference's rows do not sum to 1, which a mean in V shows most
+    biased = v + 2
+    exact = torch.softmax(q * step, -1) @ biased
+    strict, reference = (
+        (f(q * step, step, 4) @ biased - exact).abs().mean() for f in (log_int_softmax, log_int_softmax_reference)
+    )
+    assert strict < 0.3 * reference
+
+
+def test_recorded_weaknesses_of_the_reference_softmax():
+    # field.md D1: NaN above a scale of 1.67; D6: rows sum to 1.08 on average. Strict has neither.
+    q = logits(rows=400, size=64, spread=10)
+    assert torch.isnan(log_int_softmax_reference(q * 1.7, tensor(1.7), 4)).all()
+    sums = log_int_softmax_reference(q * 0.1, tensor(0.1), 4).sum(-1)
+    assert 1.03 < sums.mean() < 1.15
