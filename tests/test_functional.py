@@ -26,6 +26,11 @@ TIES = [-3.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5]
 ARITHMETICS = ('strict', 'reference')
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def int32(*values):
     return tensor(values[0] if len(values) == 1 else values, dtype=torch.int32)
 

@@ -23,6 +23,12 @@ from fqvit_plugin.scheme import BitType
 
 EPS = 1e-6
 
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 # ---------------------------------------------------------------- LayerNorm
 
 
@@ -113,6 +119,20 @@ def test_layernorm_with_small_and_large_steps_is_the_same_in_python_ints(finest,
     y = int_layernorm(codes * step, step, 255, out_scale, weight, bias, eps)
     numbers = [t.double().tolist() for t in (step, out_scale, weight, bias)]
     expected = [layernorm_in_python_ints(token, 255, *numbers, eps) for token in codes.tolist()]
+    assert torch.round(y / out_scale).long().tolist() == expected
+
+
+def test_the_normalized_value_inside_is_the_same_in_python_ints():
+    # an output step of 2**-16 shows every fractional bit that is kept, and with them a root that is not floored
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (40, 384), generator=generator)
+    step, out_scale = tensor(0.02), tensor(2.0**-16)
+    y = int_layernorm(codes * step, step, 255, out_scale, torch.ones(384), torch.zeros(384), EPS)
+    finest = step.double().item()
+    expected = [
+        layernorm_in_python_ints(token, 255, finest, 2.0**-16, [1.0] * 384, [0.0] * 384, EPS)
+        for token in codes.tolist()
+    ]
     assert torch.round(y / out_scale).long().tolist() == expected
 
 

@@ -118,6 +118,18 @@ def test_a_second_calibration_is_a_fresh_one(twin, data):
     assert same(scales(twin), scales(fresh))
 
 
+def test_what_an_abandoned_calibration_saw_is_forgotten(twin, data):
+    open_calibrate(twin)
+    twin(1000 * data[0])
+    with pytest.raises(RuntimeError, match='cannot close'):
+        close_calibrate(twin)
+    calibrate_(twin, data)
+    fresh = models.vit()
+    quantize_model_(fresh, get_scheme('fqvit_w8a8_attn4'))
+    calibrate_(fresh, data)
+    assert same(scales(twin), scales(fresh))
+
+
 def test_batches_are_streamed(twin, data):
     log = []
 

@@ -29,6 +29,11 @@ AXES = [None, 0, 1, -1]
 ARITHMETICS = ('strict', 'reference')
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def stream(count=4, shape=(3, 5, 7), seed=0):
     """Batches of skewed data, each channel of the last axis on its own scale."""
     generator = torch.Generator().manual_seed(seed)
@@ -237,6 +242,13 @@ def test_omse_tie_takes_the_whole_range():
     scale, zero_point = observe(observer, [x])
     assert scale[0] == torch.finfo(torch.float32).eps
     assert zero_point[0] == 0
+
+
+def test_omse_has_ninety_candidates():
+    # a value far out: the search wants to shrink below 11 % of the range and stops at the last candidate
+    x = torch.cat((1.8 + 0.1 * torch.rand(5000), tensor([50.0])))
+    scale, _ = observe(OmseObserver(BitType(2, False)), [x])
+    assert scale.item() == pytest.approx(50 * 0.11 / 3, rel=1e-5)
 
 
 def test_omse_in_chunks_is_the_same(monkeypatch):

@@ -28,6 +28,11 @@ from . import models
 UINT4, UINT8, INT8 = BitType(4, False), BitType(8, False), BitType(8, True)
 
 
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
 def calibrated(quantizer, *batches):
     for batch in batches:
         quantizer.observe(batch)

@@ -234,6 +234,25 @@ def test_every_product_has_its_operands_on_a_grid(name):
         assert len(values) <= 256 + 1
 
 
+@pytest.mark.parametrize('name', ['vit, layer scale', 'deit3', 'swin'])
+def test_what_the_residual_sum_adds_is_on_a_grid(name):
+    # layer scale included: it multiplies before the quantizer, not after
+    model, x = made(name)
+    model = quantized(model, [x])
+    branches = [(m, m.out_act if hasattr(m, 'out_act') else m.proj_act) for m in model.modules() if is_branch(m)]
+    steps = []
+    for branch, act in branches:
+        branch.register_forward_hook(lambda _, __, y, scale=act.scale: steps.append(y / scale))
+    run(model, x)
+    assert len(steps) == len(branches) >= 4
+    for codes in steps:
+        assert (codes - codes.round()).abs().max() < 1e-3
+
+
+def is_branch(module):
+    return type(module).__name__ in ('QFFN', 'QMultiheadAttention', 'QWindowMSA')
+
+
 def test_attention_probabilities_are_normalized_powers_of_two():
     model, x = made('swin')
     model = quantized(model, [x])
