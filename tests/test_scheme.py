@@ -129,6 +129,11 @@ def test_the_preset_reaches_every_tensor(preset):
         (dict(weight_bits=True), ['2 to 16', 'got True']),
         (dict(bits=8), ["unknown option 'bits'", 'weight_bits', 'act_bits', 'attn_bits']),
         (dict(ptff=True), ["unknown option 'ptff'"]),
+        (dict(ptf='no'), ["ptf must be True or False, got 'no'"]),
+        (dict(lis=1), ['lis must be True or False, got 1']),
+        (dict(input_quant=None), ['input_quant must be True or False, got None']),
+        (dict(observer=dict(type='percentile', alhpa=0.9)), ["'percentile' does not take", 'alhpa']),
+        (dict(observer=dict(type='percentile', alpha=2)), ['alpha must be in (0.5, 1], got 2']),
     ],
 )
 def test_errors_say_what_and_what_instead(arguments, parts):

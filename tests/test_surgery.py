@@ -61,6 +61,7 @@ MODELS = {
     'vit, hidden layer in the head': (lambda: vit(head=dict(hidden_dim=32)), 32),
     'vit, no qkv bias': (lambda: vit(qkv_bias=False), 32),
     'vit, norm in the patch embedding': (lambda: vit(patch_cfg=dict(norm_cfg=dict(type='LN'))), 32),
+    'vit, no padding of the image': (lambda: vit(patch_cfg=dict(padding=0)), 32),
     'vit, another size, not square': (lambda: vit(), (40, 56)),
     'distilled deit': (lambda: vit('DistilledVisionTransformer', head=DEIT_HEAD), 32),
     'distilled deit, hidden layer': (
@@ -74,6 +75,7 @@ MODELS = {
         32,
     ),
     'swin': (lambda: swin(), 56),
+    'swin, no padding before merging': (lambda: swin(stage_cfgs=dict(downsample_cfg=dict(padding=0))), 56),
     'swin, several stages': (lambda: swin_features(out_indices=(0, 1)), 56),
     'swin, several stages and a neck': (lambda: swin(out_indices=(0, 1)), 56),
     'swin, out after downsample': (lambda: swin_features(out_indices=(0, 1), out_after_downsample=True), 56),
@@ -333,6 +335,12 @@ def with_batch_norm():
     return model
 
 
+def with_linear_patches():
+    model = vit()
+    model.backbone.patch_embed.projection = nn.Linear(3, 48)
+    return model
+
+
 def with_value_shortcut():
     model = vit()
     model.backbone.layers[1].attn.v_shortcut = True
@@ -362,6 +370,7 @@ class Subclass(VisionTransformer):
         (lambda: vit_features(layer_cfgs=dict(ffn_type='swiglu_fused')), r'layers\.0\.ffn is a SwiGLUFFNFused'),
         (lambda: vit_features(norm_cfg=dict(type='BN')), r'layers\.0\.ln1 is a BatchNorm2d, not a LayerNorm'),
         (lambda: vit_features(patch_cfg=dict(norm_cfg=dict(type='BN1d'))), r'patch_embed\.norm is a BatchNorm1d'),
+        (with_linear_patches, r'patch_embed\.projection is a Linear, not a Conv2d'),
         (with_value_shortcut, r'layers\.1\.attn has a value shortcut'),
         (
             lambda: swin_features(stage_cfgs=dict(block_cfgs=dict(ffn_cfgs=dict(add_identity=False)))),
@@ -414,6 +423,14 @@ def test_check_model_changes_nothing():
         assert check_model(model) is model.backbone
         assert snapshot(model) == before
     assert covered_backbones() == ['VisionTransformer', 'DistilledVisionTransformer', 'DeiT3', 'SwinTransformer']
+
+
+def test_pooling_takes_what_the_neck_took():
+    model, x = made('swin')
+    neck, (feature,) = model.neck, model.extract_feat(x, stage='backbone')
+    quantize_model_(model, get_scheme('fqvit_w8a8'))
+    assert torch.equal(model.neck(feature), neck(feature))
+    assert torch.equal(model.neck((feature,))[0], neck((feature,))[0])
 
 
 def test_wrappers_are_opened():
