@@ -20,7 +20,7 @@ READY := $(VENV)/ready-$(PLACE)
 # More threads than cores make small tensors many times slower.
 export OMP_NUM_THREADS ?= 2
 # Idle threads that spin, which is the default, take the cores from whoever has work: with the machine busy,
-# a training step of the demo took 5 to 20 times longer.
+# a training step of the demo took 4 to 29 times as long (two readings for each of the two models).
 export OMP_WAIT_POLICY ?= PASSIVE
 export MPLBACKEND ?= Agg
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
