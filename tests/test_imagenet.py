@@ -29,8 +29,7 @@ def test_reference_on_deit_tiny(rows):
 
 
 def test_reference_on_vit_tiny(rows):
-    """ViT-Tiny loses a third of its images, and which ones is chance: docs/results.md, "How far 400 images can tell".
-
-    The published code itself moves by some points with the order of the calibration images, so the bound is wider.
+    """49.50 where this was written. ViT-Tiny loses a third of its images, and which ones hangs on rounding: the order
+    of the calibration images alone moves it by four points (docs/results.md), so the bound is wider than the asked 3.
     """
-    assert rows['vit_t', 'reference 8/8/4'].top1 == pytest.approx(RECORDED['vit_t'][1], abs=7.0)
+    assert rows['vit_t', 'reference 8/8/4'].top1 == pytest.approx(RECORDED['vit_t'][1], abs=5.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -56,6 +57,11 @@ class Photos:
         """What a data preprocessor takes."""
         return ({'inputs': chunk} for chunk in self.images.split(size))
 
+    def shuffled(self, seed: int) -> Photos:
+        """The same photographs in the order of MMEngine's DefaultSampler with that seed."""
+        order = torch.randperm(len(self.labels), generator=torch.Generator().manual_seed(seed))
+        return Photos(self.images[order], self.labels[order])
+
 
 @dataclass(frozen=True)
 class Row:
@@ -63,6 +69,7 @@ class Row:
 
     model: str
     recipe: str
+    seed: int  #: of the calibration images' order
     images: int
     top1: float
     changed: int  #: images whose being right or wrong differs from float
@@ -103,34 +110,44 @@ def right(model: Any, photos: Photos, batch_size: int = 50) -> Tensor:
     return torch.cat(predicted) == photos.labels
 
 
-def evaluate(images: Path, name: str, recipes: Sequence[str], batch_size: int = 20) -> Iterator[Row]:
-    """Float first, then every recipe, each on a model of its own."""
+def evaluate(
+    images: Path, name: str, recipes: Sequence[str], seeds: Sequence[int] = (0,), batch_size: int = 20
+) -> Iterator[Row]:
+    """Float first, then every recipe with every seed, each on a model of its own."""
     cfg, model = load_model(name, images / 'weights')
     pipeline = cfg.test_dataloader.dataset.pipeline
     calib, val = (read_photos(images / split, pipeline) for split in ('calib', 'val'))
     start = time.perf_counter()
     base = right(model, val)
-    yield _row(name, 'float', base, base, start)
-    for recipe in recipes:
+    yield _row(name, 'float', 0, base, base, start)
+    for recipe, seed in itertools.product(recipes, seeds):
         start = time.perf_counter()
         _, model = load_model(name, images / 'weights')
         input_quant = cfg.quant_scheme.input_quant
         fq.quantize_model_(model, fq.get_scheme(**RECIPES[recipe], input_quant=input_quant))
-        fq.calibrate_(model, calib.batches(batch_size), forward)
+        fq.calibrate_(model, calib.shuffled(seed).batches(batch_size), forward)
         fq.quant(model)
-        yield _row(name, recipe, right(model, val), base, start)
+        yield _row(name, recipe, seed, right(model, val), base, start)
 
 
-def _row(model: str, recipe: str, hits: Tensor, base: Tensor, start: float) -> Row:
+def _row(model: str, recipe: str, seed: int, hits: Tensor, base: Tensor, start: float) -> Row:
     top1 = 100 * hits.float().mean().item()
-    return Row(model, recipe, len(hits), top1, int((hits != base).sum()), time.perf_counter() - start)
+    return Row(model, recipe, seed, len(hits), top1, int((hits != base).sum()), time.perf_counter() - start)
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The results for a terminal."""
-    result = Table('model', 'recipe', 'images', 'top-1', 'changed', 'seconds')
+    result = Table('model', 'recipe', 'seed', 'images', 'top-1', 'changed', 'seconds')
     for row in rows:
-        cells = (row.model, row.recipe, str(row.images), f'{row.top1:.2f}', str(row.changed), f'{row.seconds:.0f}')
+        cells = (
+            row.model,
+            row.recipe,
+            str(row.seed),
+            str(row.images),
+            f'{row.top1:.2f}',
+            str(row.changed),
+            f'{row.seconds:.0f}',
+        )
         result.add_row(*cells)
     return result
 
@@ -142,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('images', metavar='IMAGES', type=Path)
     parser.add_argument('--models', nargs='+', choices=WEIGHTS, default=list(WEIGHTS))
     parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), metavar='RECIPE')
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0], help="orders of calib's images (default: 0)")
     parser.add_argument('--batch-size', type=int, default=20, metavar='N', help='of calibration (default: 20)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there too')
     return parser
@@ -154,9 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: list[Row] = []
     try:
         for name in args.models:
-            for row in evaluate(args.images, name, args.recipes, args.batch_size):
+            for row in evaluate(args.images, name, args.recipes, args.seeds, args.batch_size):
                 rows.append(row)
-                console.print(f'{row.model}: {row.recipe} {row.top1:.2f} ({row.seconds:.0f} s)', highlight=False)
+                console.print(
+                    f'{row.model}: {row.recipe}, seed {row.seed}: {row.top1:.2f} ({row.seconds:.0f} s)',
+                    highlight=False,
+                )
     except (ValueError, OSError) as error:
         print(f'accuracy.py: {error}', file=sys.stderr)
         return 2
