@@ -1,4 +1,5 @@
-# 36 epochs of AdamW with a short warm-up: about a minute on two CPU cores.
+# 36 epochs of AdamW with a short warm-up: about a minute on two CPU cores. Length, label smoothing and
+# image size were chosen by looking at the validation images, so the float accuracy is a little too good.
 default_scope = 'mmpretrain'
 
 optim_wrapper = dict(
