@@ -142,14 +142,7 @@ class QAct(QuantLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape out as in."""
-        if self.phase is Phase.FLOAT:
-            return x
-        if self.phase is Phase.QUANT:
-            return self.quantizer(x)
-        self.quantizer.observe(x)
-        if self.phase is Phase.LAST_CALIBRATE:
-            self.quantizer.take_qparams(x)
-        return x
+        return self.quantized(x, self.quantizer)
 
 
 @_register
@@ -249,14 +242,7 @@ class QIntSoftmax(QuantLayer):
                 raise ValueError('Log-Int-Softmax needs in_act: the grid of the logits')
             return self._log_int(logits, in_act.quantizer.latest_scale, mask)
         probabilities = torch.softmax(logits if mask is None else logits + mask, dim=-1)
-        if self.quantizer is None or self.phase is Phase.FLOAT:
-            return probabilities
-        if self.phase is Phase.QUANT:
-            return self.quantizer(probabilities)
-        self.quantizer.observe(probabilities)
-        if self.phase is Phase.LAST_CALIBRATE:
-            self.quantizer.take_qparams(probabilities)
-        return probabilities
+        return probabilities if self.quantizer is None else self.quantized(probabilities, self.quantizer)
 
     def _integer_now(self) -> bool:
         # The published scales were taken on a last batch that had already passed through Log-Int-Softmax.

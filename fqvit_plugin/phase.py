@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from .quantizers import Quantizer
 
@@ -25,6 +25,17 @@ class QuantLayer(nn.Module):
     """A layer that acts by its phase: the base of the five Q layers."""
 
     phase = Phase.FLOAT
+
+    def quantized(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+        """``x`` as this phase wants it: untouched, observed by ``quantizer``, or on its grid."""
+        if self.phase is Phase.FLOAT:
+            return x
+        if self.phase is Phase.QUANT:
+            return quantizer(x)
+        quantizer.observe(x)
+        if self.phase is Phase.LAST_CALIBRATE:
+            quantizer.take_qparams(x)
+        return x
 
     def quantizers(self) -> Iterator[Quantizer]:
         """The quantizers this layer owns itself."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 
 import pytest
 import torch
@@ -42,7 +41,7 @@ def images(tmp_path_factory):
 
 
 @pytest.fixture
-def spied(monkeypatch):
+def spied():
     """Attach a spy to a config's hooks and find it again in the runner."""
 
     def attach(cfg):
@@ -84,7 +83,7 @@ def test_test_loop_scores_the_quantized_model(images, tmp_path, spied, kind):
     assert (tmp_path / 'calibrated.pth').is_file()
 
 
-def test_calibrated_checkpoint_is_reloaded_without_data_bit_for_bit(images, tmp_path, spied, caplog):
+def test_calibrated_checkpoint_is_reloaded_without_data_bit_for_bit(images, tmp_path, spied):
     cfg = project(images, tmp_path)
     float_checkpoint(cfg, tmp_path / 'float.pth')
     made, first, _ = spied(cfg)
@@ -93,8 +92,7 @@ def test_calibrated_checkpoint_is_reloaded_without_data_bit_for_bit(images, tmp_
     again.calib_dataloader = None
     again.train_dataloader = again.train_cfg = again.optim_wrapper = None
     made, second, _ = spied(again)
-    with caplog.at_level(logging.INFO, logger='mmengine'):
-        made.test()
+    made.test()
     assert torch.equal(torch.stack(first.scores), torch.stack(second.scores))
     log = (tmp_path / 'again').rglob('*.log')
     assert any('calibration is skipped' in f.read_text() for f in log)
@@ -258,6 +256,7 @@ def test_no_scheme_and_no_images_are_errors(images, tmp_path, spied):
     float_checkpoint(cfg, tmp_path / 'float.pth')
     without = copy.deepcopy(cfg)
     without.pop('quant_scheme')
+    without.experiment_name += '_without'  # two runners of one name in one second are one to MMEngine
     with pytest.raises(ValueError, match='no scheme: set quant_scheme'):
         spied(without)[0].test()
     cfg.calib_dataloader = None

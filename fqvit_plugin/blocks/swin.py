@@ -156,12 +156,7 @@ def check_swin(backbone: Any) -> None:
 
 
 def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
-    """Put quantized twins into a Swin, in place.
-
-    Raises:
-        ValueError: a part is not covered; nothing was changed.
-    """
-    check_swin(backbone)
+    """Put quantized twins into a Swin that passed :func:`check_swin`, in place."""
     backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
     previous: QAct = backbone.patch_embed.last_act
     if backbone.use_abs_pos_embed:

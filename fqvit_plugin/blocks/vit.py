@@ -176,12 +176,7 @@ def check_vit(backbone: Any) -> None:
 
 
 def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
-    """Put quantized twins into a plain ViT, in place.
-
-    Raises:
-        ValueError: a part is not covered; nothing was changed.
-    """
-    check_vit(backbone)
+    """Put quantized twins into a plain ViT that passed :func:`check_vit`, in place."""
     backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
     channels = backbone.embed_dims
     backbone.embed_act, backbone.pos_act = make.act(), make.act()
