@@ -23,6 +23,9 @@ __all__ = [
     'log2_codes',
     'log2_dequantize',
     'quantize',
+    'round_steps_',
+    'saturate_',
+    'steps',
     'symmetric_qparams',
 ]
 
@@ -104,6 +107,37 @@ def quantize(
     return (x / scale).add_(zero_point).round_().clamp_(qmin, qmax)
 
 
+def steps(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    qmin: int,
+    qmax: int,
+    arithmetic: Arithmetic = 'strict',
+    inplace: bool = False,
+) -> Tensor:
+    """``quantize(x) - zero_point``: whole steps of ``scale`` away from zero, what integer arithmetic works on.
+
+    ``inplace`` writes over ``x``. New memory costs more than the arithmetic on it.
+    """
+    return round_steps_(x.div_(scale) if inplace else x / scale, zero_point, qmin, qmax, arithmetic)
+
+
+def round_steps_(
+    ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int, arithmetic: Arithmetic = 'strict'
+) -> Tensor:
+    """:func:`steps` from ``ratio = x / scale``, in place."""
+    if arithmetic == 'strict':
+        return saturate_(ratio.round_(), zero_point, qmin, qmax)
+    return ratio.add_(zero_point).round_().clamp_(qmin, qmax).sub_(zero_point)
+
+
+def saturate_(x: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Clamp steps to those that have a code, in place."""
+    # clamp_ with two tensors is not vectorized on CPUs: twenty times slower than these two.
+    return x.clamp_min_(qmin - zero_point).clamp_max_(qmax - zero_point)
+
+
 def dequantize(x_q: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     """Reals of codes: ``(x_q - zero_point) * scale``."""
     return (x_q - zero_point) * scale
@@ -118,7 +152,7 @@ def fake_quantize(
     arithmetic: Arithmetic = 'strict',
 ) -> Tensor:
     """``dequantize(quantize(x))``: the nearest point of the grid, in float."""
-    return quantize(x, scale, zero_point, qmin, qmax, arithmetic).sub_(zero_point).mul_(scale)
+    return steps(x, scale, zero_point, qmin, qmax, arithmetic).mul_(scale)
 
 
 def log2_codes(x: Tensor, bits: int, arithmetic: Arithmetic = 'strict') -> Tensor:

@@ -1,8 +1,8 @@
 """Integer LayerNorm and Log-Int-Softmax, in the reference's arithmetic and in ours.
 
-The strict functions compute with integers throughout. They carry them in float64 tensors, where every value
-named here stays below 2**53 and is therefore exact; the bound stands next to each step. Vector units are fast at
-float64 and slow at int64 division, so this is the quicker way to the same codes.
+The strict functions compute with integers throughout. They carry them in floating point, float32 where every value
+stays below 2**24 and float64 where it stays below 2**53, and are therefore exact; the bound stands next to each
+step. Vector units are fast at floats and slow at int64, so this is the quicker way to the same codes.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
     'int_layernorm',
     'int_layernorm_reference',
-    'log_int_softmax',
-    'log_int_softmax_codes',
-    'log_int_softmax_reference',
+    'log_int_softmax_',
+    'log_int_softmax_reference_',
+    'log_int_softmax_shift',
 ]
 
 
@@ -32,7 +33,7 @@ def int_layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weig
         in_scale: (C,) or (), ``s * 2**k`` per channel.
         out_scale: (), step of the output grid.
     Returns:
-        (…, C), whole multiples of ``out_scale``, not yet saturated.
+        (…, C), whole steps of ``out_scale``, not yet saturated.
 
     Source: FQ-ViT, section 4.1 and its published code.
     """
@@ -40,15 +41,16 @@ def int_layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weig
     finest = in_scale.min()
     u = (x / in_scale).round() * (in_scale / finest).round()  # (…, C), integers on the finest step
     mean = u.mean(dim=-1, keepdim=True) * finest
-    square_sum, sum_ = (u**2).sum(dim=-1, keepdim=True), u.sum(dim=-1, keepdim=True)
+    square_sum, sum_ = (u * u).sum(dim=-1, keepdim=True), u.sum(dim=-1, keepdim=True)
     std = finest / channels * torch.sqrt(channels * square_sum - sum_**2)
-    gain = finest / std * weight / out_scale
-    magnitude = gain.abs()
-    shift = torch.clamp(7 - torch.floor(torch.log2(magnitude)), 0, 31)
-    mantissa = torch.clamp(torch.floor(magnitude * torch.pow(2, shift)), 0, 255)
-    offset = ((bias - mean / std * weight) / out_scale * torch.pow(2, shift)).round()
-    codes = ((gain.sign() * mantissa * u + offset) / torch.pow(2, shift)).round()
-    return codes * out_scale
+    gain = (finest / std * weight).div_(out_scale)
+    mantissa = gain.abs()
+    # 2**N with N = clamp(7 - floor(log2(gain)), 0, 31), made of the bits of the exponent
+    shift = (mantissa.view(torch.int32) >> 23).neg_().add_(127 + 7).clamp_(0, 31)
+    shift = shift.add_(127).bitwise_left_shift_(23).view(torch.float32)
+    mantissa = mantissa.mul_(shift).floor_().clamp_(0, 255).copysign_(gain)
+    offset = (mean / std * weight).neg_().add_(bias).div_(out_scale).mul_(shift).round_()
+    return mantissa.mul_(u).add_(offset).div_(shift).round_()
 
 
 #: Fractional bits of the normalized value x_hat inside int_layernorm.
@@ -79,16 +81,17 @@ def int_layernorm(
         weight, bias: (C,).
         eps: LayerNorm's own, in squared units of the real input.
     Returns:
-        (…, C), whole multiples of ``out_scale``, not yet saturated. Exact integers for inputs up to 12 bits;
-        above, sums may pass 2**53 and are rounded to it.
+        (…, C) float32, whole steps of ``out_scale``, not yet saturated. Exact integers for inputs up to 12 bits and
+        ``C in_range`` up to 2**24; above, sums are rounded.
 
     Source: FQ-ViT, section 4.1; I-BERT's integer root. Deviations: docs/numerics.md.
     """
     channels = x.shape[-1]
     finest = in_scale.min()
-    u = torch.round(x / finest).double()  # |u| <= in_range < 2**12 for 8 bits with factors up to 8
-    sum_ = u.sum(dim=-1, keepdim=True)
-    variance = channels * (u * u).sum(dim=-1, keepdim=True) - sum_ * sum_  # < (C in_range / 2)**2
+    u = torch.div(x, finest).round_()  # |u| <= in_range < 2**12 for 8 bits with factors up to 8
+    sum_ = u.sum(dim=-1, keepdim=True)  # < 2**24 in float32, as are the squares
+    square_sum = (u * u).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    variance = channels * square_sum - sum_.double().square()  # < (C in_range / 2)**2
     guard = torch.round(eps * (channels / finest.double()) ** 2).clamp_max(2.0**50)
     # Fractional bits of the root, a constant of the layer: as many as keep its radicand within 2**52, where float64
     # roots floor exactly. The guard counts: it outweighs the variance where activations are small. Negative above
@@ -97,13 +100,13 @@ def int_layernorm(
     radicand = torch.floor((variance + guard) * torch.exp2(2 * root_bits)).clamp_max(2.0**52)
     root = radicand.sqrt().floor().clamp_min(1)
     reciprocal = torch.floor(torch.exp2(45 + root_bits) / root)
-    # |C u - S| * reciprocal = |x_hat| 2**45 <= sqrt(C) 2**45 < 2**51
-    x_hat = (channels * u - sum_) * reciprocal
-    x_hat = torch.floor(x_hat * 2.0 ** (_XHAT_BITS - 45) + 0.5)
+    # |C u - S| < 2**24; times the reciprocal it is |x_hat| 2**45 <= sqrt(C) 2**45 < 2**51
+    x_hat = u.mul_(channels).sub_(sum_).double().mul_(reciprocal * 2.0 ** (_XHAT_BITS - 45)).add_(0.5).floor_()
     gain, offset, shift = _dyadic_affine(weight.double() / out_scale, bias.double() / out_scale)
-    # |x_hat gain| < 2**(6 + 16 + 24); floor(v + 1/2) rounds halves up, an add and a shift in integers
-    codes = torch.floor((x_hat * gain + offset) * torch.exp2(-shift) + 0.5)
-    return (codes * out_scale).to(out_scale.dtype)
+    # |x_hat gain| < 2**(6 + 16 + 24); floor(v + 1/2) rounds halves up, an add and a shift in integers. Powers of two
+    # go into the constants beforehand, which changes no bit.
+    shrink = torch.exp2(-shift)
+    return x_hat.mul_(gain * shrink).add_(offset * shrink + 0.5).floor_().to(out_scale.dtype)
 
 
 def _dyadic_affine(gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -122,98 +125,79 @@ def _dyadic_affine(gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor
     )
 
 
-def log_int_softmax_reference(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The published Log-Int-Softmax, emulated in float32 as published.
+def log_int_softmax_reference_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The published Log-Int-Softmax, emulated in float32 as published, in place.
 
     I-BERT's integer exponential on the 8-bit logit scale, the sum divided by each term, and the quotient's
     logarithm rounded with threshold 1.5. NaN for scales above 1.67; see ``docs/numerics.md``.
 
     Args:
-        x: (…, N) logits on the grid of ``scale``, which may have had a mask added.
+        x: (…, N) logits on the grid of ``scale``, which may have had a mask added; overwritten with the result.
         scale: ().
         bits: of the log2 codes.
     Returns:
-        (…, N) powers of two or zero; rows need not sum to 1.
+        ``x``, now powers of two or zero; rows need not sum to 1.
 
     Source: FQ-ViT, section 4.2 and its published code; Kim et al., I-BERT, ICML 2021.
     """
     b, c = 0.96963238 / 0.35815147, 1.0 / 0.35815147
     n = 30
-    x_int = x / scale
-    x_int = x_int - x_int.amax(dim=-1, keepdim=True)
+    x.div_(scale)
+    x.sub_(x.amax(dim=-1, keepdim=True))
     ln2 = torch.floor(-0.6931 / scale)
-    x_int = torch.maximum(x_int, n * ln2)
-    quotient = torch.floor(x_int / ln2)
-    rest = x_int - ln2 * quotient
-    poly = rest * (rest + torch.floor(b / scale)) + torch.floor(c / scale**2)  # the leading 0.358 cancels
-    exp_int = torch.clamp(torch.floor(poly * 2 ** (n - quotient)), min=0)
-    ratio = torch.round(exp_int.sum(dim=-1, keepdim=True) / exp_int)
-    floor = ratio.log2().floor()
-    # An infinite ratio compares as NaN, stays infinite, and ends as zero.
-    exponent = torch.where(ratio - 2**floor >= 2 ** (floor - 1), floor + 1, floor)
-    last = 2**bits - 1
-    return torch.where(exponent > last, 0.0, 2.0 ** -torch.clamp(exponent, 0, last))
+    x.clamp_min_(n * ln2)
+    quotient = torch.div(x, ln2).floor_()
+    exp_int = quotient * ln2
+    x.sub_(exp_int)  # the rest
+    # x (x + b) + c; the leading 0.358 cancels
+    exp_int.copy_(x).add_(torch.floor(b / scale)).mul_(x).add_(torch.floor(c / scale**2))
+    exp_int.mul_(quotient.neg_().add_(n).exp2_()).floor_().clamp_min_(0)
+    sum_ = exp_int.sum(dim=-1, keepdim=True)
+    ratio = quotient.copy_(sum_.expand_as(x)).div_(exp_int).round_()
+    # The exponent rounds up from a mantissa of 1.5 on: half a mantissa more, and it has carried over.
+    exponent = ratio.view(torch.int32).add_(1 << 22).bitwise_right_shift_(23).sub_(127)
+    powers = x.copy_(exponent).clamp_min_(0).neg_().exp2_()
+    last = min(2**bits - 1, 127)  # 128 is infinity's exponent
+    return F.threshold_(powers, 2.0 ** -(last + 0.5), 0.0).mul_(sum_ / sum_)  # NaN where the sum vanished
 
 
-#: Fractional bits of the exponentials inside log_int_softmax: row sums of 4096 stay within 2**32.
-_EXP_BITS = 20
+#: Log2 codes from here on are zero: 2**-15.5 of the row's largest probability. All sums of powers up to 512 tokens
+#: are then exact in float32, and codes fit two signed bytes of shifts.
+_DEPTH = 16
 
 
-def log_int_softmax_codes(distance: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
-    """Log2 codes of the softmax of integer logits, ``k = round(log2(sum / exp))``; the last code is zero.
+def log_int_softmax_shift(scale: Tensor) -> Tensor:
+    """Octaves per logit step, ``scale * log2(e)``, rounded to a 16-bit mantissa.
 
-    The exponentials come from a table over the logit codes, ``round(2**20 exp(-d s))``, so they are as good as
-    the logits at every scale; ``k`` is found by comparing integers, no logarithm is taken.
-
-    A row in which every code would be zero (more than ``2**(2**bits - 1.5)`` equal tokens) counts its codes from its
-    largest probability instead, whose code becomes 0: only their differences matter once the row is normalized.
-
-    Args:
-        distance: (…, N) int64, ``max(x_q) - x_q`` of the row, zero where masked out.
-        scale: (), of the logits.
-        bits: of the codes; ``2**bits - 1`` stands for probability zero.
-        mask: bool, broadcasts to (…, N), true where attention is forbidden.
-    Returns:
-        (…, N) codes in float64.
+    Its product with a distance of up to 8 bits is exact in float32: an integer multiplication and a shift.
     """
-    reals = torch.exp(-torch.arange(int(distance.max()) + 1, device=scale.device) * scale.double())
-    exp_table = torch.round(reals * 2.0**_EXP_BITS)
-    # sum / exp >= 2**(k - 1/2)  <=>  sum / (exp / sqrt(2)) >= 2**k: the rounding threshold sits in the table.
-    threshold_table = torch.round(reals * (2.0**_EXP_BITS / math.sqrt(2)))
-    exp, threshold = exp_table[distance], threshold_table[distance]
-    if mask is not None:
-        exp, threshold = exp.masked_fill(mask, 0), threshold.masked_fill(mask, 0)
-    ratio = exp.sum(dim=-1, keepdim=True) / threshold  # inf where the exponential vanished
-    last = float(2**bits - 1)
-    # frexp: ratio = m 2**e with m in [1/2, 1), so floor(log2(ratio)) = e - 1; quotients of 32-bit integers never
-    # round up to a power of two in float64.
-    exponent = (torch.frexp(ratio).exponent.double() - 1).masked_fill_(threshold == 0, torch.inf)
-    least = exponent.amin(dim=-1, keepdim=True)
-    exponent = torch.where(least < last, exponent, exponent - least)
-    return exponent.clamp_(0, last)
+    octaves = (scale * math.log2(math.e)).view(torch.int32)
+    return ((octaves + (1 << 7)) & -(1 << 8)).view(torch.float32)
 
 
-def log_int_softmax(x: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
-    """Log-Int-Softmax with rows that sum to 1: ``2**-k / sum(2**-k)`` of :func:`log_int_softmax_codes`.
+def log_int_softmax_(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
+    """Log-Int-Softmax with rows that sum to 1: ``2**-k / sum(2**-k)``, in place.
 
-    The row sum of powers of two is an integer; dividing by it removes the bias of rounding each exponent alone
-    (the reference's rows sum to 1.08 on average). A row's product with V is then shifts, adds and one division.
+    The code of a logit is its distance to the row's maximum in octaves, ``k = round(d * log2(e) * scale)``, hence a
+    function of the integer ``d`` alone: a table of the layer, here multiplied out. FQ-ViT adds ``log2`` of the row's
+    sum of exponentials to every exponent of a row before rounding; rows that are normalized afterwards do not need it
+    (only their differences count), so no exponential is ever summed. The row sum of powers of two is an integer, and
+    a row's product with V is then shifts, adds and one division.
 
     Args:
-        x: (…, N) logits on the grid of ``scale``.
-        scale: ().
-        bits: of the log2 codes.
-        mask: additive, broadcasts to ``x``; negative entries forbid attention altogether.
+        steps: (…, N) float32, integer logits, up to a constant of the row; overwritten with the result.
+        scale: (), of the logits.
+        bits: of the codes; codes from ``min(2**bits - 1, 16)`` on are zero.
+        mask: additive, broadcasts to ``steps``; negative entries forbid attention altogether. NaN for rows without
+            one that is allowed, as softmax gives.
     Returns:
-        (…, N) probabilities in ``x``'s dtype.
+        ``steps``, now probabilities.
 
     Source: FQ-ViT, section 4.2. Deviations: docs/numerics.md.
     """
-    forbidden = None if mask is None else (mask < 0).expand_as(x)
-    x_q = torch.round(x / scale)
-    top = x_q if forbidden is None else x_q.masked_fill(forbidden, -torch.inf)
-    distance = top.amax(dim=-1, keepdim=True) - x_q
-    distance = distance.clamp_min_(0).long()  # a forbidden logit may exceed the row's maximum
-    k = log_int_softmax_codes(distance, scale, bits, forbidden)
-    powers = torch.exp2(-k).masked_fill_(k >= 2**bits - 1, 0)
-    return (powers / powers.sum(dim=-1, keepdim=True)).to(x.dtype)
+    if mask is not None:
+        steps.add_(torch.where(mask < 0, -torch.inf, 0.0))
+    steps.sub_(steps.amax(dim=-1, keepdim=True))
+    powers = steps.mul_(log_int_softmax_shift(scale)).round_().exp2_()
+    F.threshold_(powers, 2.0 ** -min(2**bits - 1, _DEPTH), 0.0)
+    return powers.div_(powers.sum(dim=-1, keepdim=True))

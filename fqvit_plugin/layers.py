@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
-from .functional import Arithmetic
+from .functional import Arithmetic, align
 from .intmath import (
     int_layernorm,
     int_layernorm_reference,
-    log_int_softmax,
-    log_int_softmax_reference,
+    log_int_softmax_,
+    log_int_softmax_reference_,
 )
-from .phase import Phase, QuantLayer
-from .quantizers import build_quantizer
+from .phase import Phase, QuantLayer, full_precision
+from .quantizers import UniformQuantizer, build_quantizer
 from .registry import LAYERS
 from .scheme import BitType, QuantSpec
 
@@ -52,21 +52,54 @@ def _parse_spec(spec: QuantSpec | Mapping[str, Any]) -> QuantSpec:
 
 
 class _QWeightLayer(QuantLayer):
-    """A layer whose weight is quantized (abstract); the bias stays float, as in the paper."""
+    """A layer whose weight is quantized (abstract); the bias stays float, as in the paper.
+
+    Under quant the weight is quantized once and kept as integers, a quarter of its size at 8 bits.
+    """
 
     weight: Any  # declared by the float layer
     weight_quantizer: Any
+    weight_steps: Tensor | None  #: the frozen weight in whole steps of its scale
 
     def _init_weight_quantizer(self, spec: QuantSpec | Mapping[str, Any]) -> None:
         parsed = _parse_spec(spec)
         channels = None if parsed.axis is None else self.weight.shape[parsed.axis]
         self.weight_quantizer = build_quantizer(parsed, channels)
         self.weight_quantizer.to(self.weight.device)
+        self.register_buffer('weight_steps', None, persistent=False)
+        self._frozen_at: tuple[int, ...] = ()
+
+    def freeze(self) -> None:
+        """Quantize the weight now, for all forward passes under quant until weight or scale change."""
+        if not isinstance(self.weight_quantizer, UniformQuantizer):
+            return  # a quantizer of somebody else's, which may have no integers
+        with torch.no_grad():
+            steps = self.weight_quantizer.steps(self.weight)
+        narrow = bool(steps.abs().max() <= 127)
+        self.weight_steps = steps.to(torch.int8 if narrow else torch.int32)
+        self._frozen_at = self._state_of_weight()
+
+    def thaw(self) -> None:
+        """Forget the frozen weight."""
+        self.weight_steps, self._frozen_at = None, ()
+
+    def _state_of_weight(self) -> tuple[int, ...]:
+        tensors = (self.weight, self.weight_quantizer.scale, self.weight_quantizer.zero_point)
+        return tuple(n for t in tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version))
+
+    def _quantized_weight(self) -> Tensor:
+        # Compiled code cannot ask for versions; whoever changes weights of a compiled model calls quant again.
+        if not torch.compiler.is_compiling() and self._frozen_at != self._state_of_weight():
+            self.freeze()
+        if self.weight_steps is None:
+            return self.weight_quantizer(self.weight)
+        scale = align(self.weight_quantizer.scale, self.weight, self.weight_quantizer.spec.axis)
+        return self.weight_steps.to(scale.dtype).mul_(scale)
 
     def weight_in_phase(self) -> Tensor:
         """The weight as this phase wants it; the one and only observation happens in the last calibration pass."""
         if self.phase is Phase.QUANT:
-            return self.weight_quantizer(self.weight)
+            return self._quantized_weight()
         if self.phase is Phase.LAST_CALIBRATE and not self.weight_quantizer.is_taken:
             self.weight_quantizer.observe(self.weight)
             self.weight_quantizer.take_qparams(self.weight)
@@ -92,7 +125,10 @@ class QConv2d(_QWeightLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H', W')."""
-        return self._conv_forward(x, self.weight_in_phase(), self.bias)
+        if self.phase is not Phase.QUANT:
+            return self._conv_forward(x, self.weight_in_phase(), self.bias)
+        with full_precision(x):
+            return self._conv_forward(x, self.weight_in_phase(), self.bias)
 
 
 @_register
@@ -112,7 +148,10 @@ class QLinear(_QWeightLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C_in) to (…, C_out)."""
-        return F.linear(x, self.weight_in_phase(), self.bias)
+        if self.phase is not Phase.QUANT:
+            return F.linear(x, self.weight_in_phase(), self.bias)
+        with full_precision(x):
+            return F.linear(x, self.weight_in_phase(), self.bias)
 
 
 def _adopt(twin: Any, original: nn.Module) -> Any:
@@ -129,10 +168,17 @@ class QAct(QuantLayer):
     Args:
         spec: recipe of the tensor.
         channels: length of ``spec.axis``, when it keeps its own scales.
+        inplace: write over the input under quant; for tensors that nobody else reads.
     """
 
-    def __init__(self, spec: QuantSpec | Mapping[str, Any] = ACT_SPEC, channels: int | None = None) -> None:
+    def __init__(
+        self,
+        spec: QuantSpec | Mapping[str, Any] = ACT_SPEC,
+        channels: int | None = None,
+        inplace: bool = False,
+    ) -> None:
         super().__init__()
+        self.inplace = inplace
         self.quantizer: Any = build_quantizer(_parse_spec(spec), channels)
 
     @property
@@ -142,7 +188,7 @@ class QAct(QuantLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape out as in."""
-        return self.quantized(x, self.quantizer)
+        return self.quantized(x, self.quantizer, self.inplace)
 
 
 @_register
@@ -183,19 +229,20 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
         return twin.train(norm.training)
 
     def forward(self, x: Tensor, in_act: QAct | None = None, out_act: QAct | None = None, repeat: int = 1) -> Tensor:
-        """Normalize the last axis.
+        """Normalize the last axis, and quantize the result.
 
         Args:
             x: (…, C); under quant on the grid of ``in_act``.
             in_act: the layer that quantized ``x``.
-            out_act: the layer that will quantize the result; its scale is the output grid.
+            out_act: the quantizer of the result.
             repeat: each channel of ``in_act`` stands ``repeat`` times in a row in ``x`` (patch merging: 4).
 
         Raises:
             ValueError: integer arithmetic without ``in_act`` and ``out_act``.
         """
         if self.phase is not Phase.QUANT or not self.integer:
-            return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            y = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+            return y if out_act is None else out_act(y)
         if in_act is None or out_act is None:
             raise ValueError('the integer LayerNorm needs in_act and out_act: the grids it reads and writes')
         source = in_act.quantizer
@@ -203,10 +250,12 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
         weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
         bias = torch.zeros_like(weight) if self.bias is None else self.bias
         if self.arithmetic == 'reference':
-            return int_layernorm_reference(x, in_scale, out_act.scale, weight, bias)
-        span = source.spec.bit_type.qmax - source.spec.bit_type.qmin
-        in_range = span * (1 if in_scale.ndim == 0 else 8)  # 8: PTF's largest factor
-        return int_layernorm(x, in_scale, in_range, out_act.scale, weight, bias, self.eps)
+            steps = int_layernorm_reference(x, in_scale, out_act.scale, weight, bias)
+        else:
+            span = source.spec.bit_type.qmax - source.spec.bit_type.qmin
+            in_range = span * (1 if in_scale.ndim == 0 else 8)  # 8: PTF's largest factor
+            steps = int_layernorm(x, in_scale, in_range, out_act.scale, weight, bias, self.eps)
+        return out_act.quantizer.from_steps_(steps)
 
 
 @_register
@@ -230,8 +279,8 @@ class QIntSoftmax(QuantLayer):
         """Probabilities of the last axis.
 
         Args:
-            logits: (…, N); for Log-Int-Softmax under quant on the grid of ``in_act``.
-            in_act: the layer that quantized the logits.
+            logits: (…, N).
+            in_act: quantizes the logits first.
             mask: additive, broadcasts to ``logits``; negative where attention is forbidden.
 
         Raises:
@@ -240,7 +289,9 @@ class QIntSoftmax(QuantLayer):
         if self.log_int and self._integer_now():
             if in_act is None:
                 raise ValueError('Log-Int-Softmax needs in_act: the grid of the logits')
-            return self._log_int(logits, in_act.quantizer.latest_scale, mask)
+            return self._log_int(logits, in_act, mask)
+        if in_act is not None:
+            logits = in_act(logits)
         probabilities = torch.softmax(logits if mask is None else logits + mask, dim=-1)
         return probabilities if self.quantizer is None else self.quantized(probabilities, self.quantizer)
 
@@ -249,8 +300,13 @@ class QIntSoftmax(QuantLayer):
         reference_quirk = self.spec.arithmetic == 'reference' and self.phase is Phase.LAST_CALIBRATE
         return self.phase is Phase.QUANT or reference_quirk
 
-    def _log_int(self, logits: Tensor, scale: Tensor, mask: Tensor | None) -> Tensor:
+    def _log_int(self, logits: Tensor, in_act: QAct, mask: Tensor | None) -> Tensor:
         bits = self.spec.bit_type.bits
-        if self.spec.arithmetic == 'reference':
-            return log_int_softmax_reference(logits if mask is None else logits + mask, scale, bits)
-        return log_int_softmax(logits, scale, bits, mask)
+        if self.spec.arithmetic == 'strict':
+            return log_int_softmax_(in_act.quantizer.steps(logits, in_act.inplace), in_act.scale, bits, mask)
+        x = in_act(logits)
+        if mask is not None:
+            x = x + mask
+        elif x is logits and not in_act.inplace:
+            x = x.clone()
+        return log_int_softmax_reference_(x, in_act.quantizer.latest_scale, bits)

@@ -52,7 +52,7 @@ def phase_of(model: nn.Module) -> Phase:
         ValueError: it has no Q layer.
         RuntimeError: its layers are in different phases.
     """
-    phases = {m.phase for m in model.modules() if isinstance(m, QuantLayer)}
+    phases = {layer.phase for layer in _layers(model)}
     if not phases:
         raise ValueError('the model has no quantized layer: call quantize_model_(model, scheme) first')
     if len(phases) > 1:
@@ -60,10 +60,13 @@ def phase_of(model: nn.Module) -> Phase:
     return phases.pop()
 
 
+def _layers(model: nn.Module) -> Iterator[QuantLayer]:
+    return (module for module in model.modules() if isinstance(module, QuantLayer))
+
+
 def _set_phase(model: nn.Module, phase: Phase) -> None:
-    for module in model.modules():
-        if isinstance(module, QuantLayer):
-            module.phase = phase
+    for layer in _layers(model):
+        layer.phase = phase
 
 
 def _require(model: nn.Module, allowed: Phase, verb: str, instead: str) -> None:
@@ -126,6 +129,8 @@ def quant(model: nn.Module) -> None:
     unset = [name for name, q in named_quantizers(model) if not q.is_calibrated]
     if unset:
         raise RuntimeError(f'not calibrated: {_some(unset)}. Calibrate, or load a calibrated checkpoint, first')
+    for layer in _layers(model):
+        layer.freeze()
     _set_phase(model, Phase.QUANT)
 
 
@@ -137,6 +142,8 @@ def dequant(model: nn.Module) -> None:
     """
     if phase_of(model) not in (Phase.FLOAT, Phase.QUANT):
         raise RuntimeError('cannot dequant a model that is calibrating: call close_calibrate first')
+    for layer in _layers(model):
+        layer.thaw()
     _set_phase(model, Phase.FLOAT)
 
 

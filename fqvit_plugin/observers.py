@@ -7,6 +7,7 @@ with ``@OBSERVERS.register_module()``, and name it in ``get_scheme(observer=...)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from .functional import (
     Arithmetic,
     affine_qparams,
-    fake_quantize,
     flatten_channels,
+    round_steps_,
     symmetric_qparams,
 )
 from .registry import OBSERVERS
@@ -34,8 +35,8 @@ __all__ = [
     'RangeObserver',
 ]
 
-#: Elements worked on at a time in a search: small enough to stay in a core's cache.
-_CHUNK = 1 << 16
+#: Elements times candidate grids worked on at a time in a search: 8 MB. Fewer would pay more for starting threads.
+_CHUNK = 1 << 21
 #: torch.quantile refuses more elements than this, where the reference falls back on numpy's float64 ranks.
 _TORCH_QUANTILE_LIMIT = 1 << 24
 
@@ -109,8 +110,12 @@ class RangeObserver(Observer):
 
     def measure(self, x: Tensor) -> Tensor:
         """Minimum and maximum per channel, shape (2, C)."""
-        lo, hi = flatten_channels(x, self.axis).aminmax(dim=1)
-        return torch.stack((lo, hi))
+        if self.axis is None:
+            lo, hi = x.aminmax()
+            return torch.stack((lo, hi))[:, None]
+        # amin and amax read the tensor in its own order; aminmax over a dimension is a loop over channels.
+        others = [d for d in range(x.ndim) if d != self.axis % x.ndim]
+        return torch.stack((x.amin(dim=others), x.amax(dim=others)))
 
     def fold(self, measured: Tensor) -> None:
         """Widen the range to hold the new one."""
@@ -190,8 +195,9 @@ class EmaObserver(_AveragedRange):
 class PercentileObserver(_AveragedRange):
     """Each batch's quantiles ``1 - alpha`` and ``alpha``, averaged over batches.
 
-    Exact at every size and on every device: the two order statistics next to the rank are picked by ``topk`` and
-    interpolated linearly, as ``torch.quantile`` does up to its limit of 16 million elements.
+    Exact at every size and on every device: the two order statistics next to the rank are picked and interpolated
+    linearly, as ``torch.quantile`` does up to its limit of 16 million elements. Picking the few largest of many
+    values takes one pass over them, see :func:`_ends`.
 
     Args:
         alpha: the upper quantile, in (0.5, 1].
@@ -220,9 +226,9 @@ class PercentileObserver(_AveragedRange):
         samples = rows.shape[1]
         rank, weight = self._rank(q, samples)
         upper_half = q > 0.5
-        # Both neighbours of the rank, counted from the nearer end, where topk finds them cheaply.
+        # Both neighbours of the rank, counted from the nearer end, where they are found cheaply.
         count = samples - rank if upper_half else min(rank + 2, samples)
-        ends = rows.topk(count, dim=1, largest=upper_half).values
+        ends = _ends(rows, count, upper_half)
         extreme = ends[:, 0]
         if upper_half:
             below, above = ends[:, -1], ends[:, max(count - 2, 0)]
@@ -240,29 +246,99 @@ class PercentileObserver(_AveragedRange):
         return int(position), position - int(position)
 
 
-def _squared_errors(
-    rows: Tensor,
-    scales: Tensor,
-    zero_points: Tensor,
-    qmin: int,
-    qmax: int,
-    arithmetic: Arithmetic,
-) -> Tensor:
-    """Sum of squared quantization errors of every candidate grid.
+def _ends(rows: Tensor, count: int, largest: bool) -> Tensor:
+    """The ``count`` largest values of each row, or smallest, extreme first; NaN counts as larger than any number.
+
+    Cut into blocks, a row has its ``count`` largest values in the ``count`` blocks of largest maxima: a value in any
+    other block is below ``count`` maxima. So only those blocks are searched.
 
     Args:
-        rows: (C, S) values.
-        scales, zero_points: (K, C) or (K, 1) candidate grids.
+        rows: (C, S).
+        count: 1 to S.
+        largest: which end.
     Returns:
-        (K, C) sums in float64.
+        (C, count).
     """
-    total = torch.zeros(len(scales), rows.shape[0], dtype=torch.float64, device=rows.device)
-    width = max(1, _CHUNK // rows.shape[0])
-    for chunk in rows.split(width, dim=1):  # (C, width)
-        for k, (scale, zero_point) in enumerate(zip(scales, zero_points, strict=True)):
-            error = fake_quantize(chunk, scale[:, None], zero_point[:, None], qmin, qmax, arithmetic)
-            total[k] += error.sub_(chunk).square_().sum(dim=1)
-    return total
+    samples = rows.shape[1]
+    # Balances the maxima to search, S / width, against the values of the chosen blocks, count * width.
+    width = int((samples / count) ** 0.5)
+    blocks = samples // max(width, 1)
+    if width < 4 or blocks <= count:
+        return rows.topk(count, dim=1, largest=largest).values
+    cut = blocks * width
+    body = rows[:, :cut].reshape(len(rows), blocks, width)
+    extremes = body.amax(dim=2) if largest else body.amin(dim=2)
+    chosen = extremes.topk(count, dim=1, largest=largest, sorted=False).indices  # (C, count)
+    candidates = body.gather(1, chosen[:, :, None].expand(-1, -1, width)).flatten(1)
+    return torch.cat((candidates, rows[:, cut:]), dim=1).topk(count, dim=1, largest=largest).values
+
+
+@dataclass(frozen=True)
+class _Grids:
+    """Candidate grids of a search: ``scales`` and ``zero_points`` of shape (K, C), or (K, 1) for all channels alike."""
+
+    scales: Tensor
+    zero_points: Tensor
+    bit_type: BitType
+    arithmetic: Arithmetic
+
+    def __len__(self) -> int:
+        return len(self.scales)
+
+    def __getitem__(self, candidates: Tensor) -> _Grids:
+        return replace(self, scales=self.scales[candidates], zero_points=self.zero_points[candidates])
+
+    def chunk(self, rows: Tensor) -> int:
+        """How many samples of ``rows`` to work on at a time."""
+        return max(1, _CHUNK // (len(self) * rows.shape[0]))
+
+    def errors(self, rows: Tensor, work: Tensor) -> Tensor:
+        """Sums of squared errors of ``rows`` (C, S) on every grid, streamed over samples: (K, C) in float64."""
+        total = torch.zeros(len(self), rows.shape[0], dtype=torch.float64, device=rows.device)
+        scales, zero_points = self.scales[:, :, None], self.zero_points[:, :, None]
+        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
+        for part in rows.split(self.chunk(rows), dim=1):
+            exact, error = (w[: len(self) * part.numel()].view(len(self), *part.shape) for w in work)
+            torch.div(part, scales, out=exact)  # (K, C, width), in steps
+            round_steps_(error.copy_(exact), zero_points, qmin, qmax, self.arithmetic).sub_(exact)
+            total += torch.linalg.vector_norm(error, dim=2).double().mul_(self.scales).square_()
+        return total
+
+    def workspace(self, rows: Tensor) -> Tensor:
+        """Room for :meth:`errors` of ``rows`` on any of these grids; new memory costs more than the arithmetic."""
+        return rows.new_empty(2, min(_CHUNK, len(self) * rows.numel()) + len(self) * rows.shape[0])
+
+    def best(self, rows: Tensor, jointly: bool) -> Tensor:
+        """The grid of least squared error of each channel, or of all ``jointly``; the first one on a tie.
+
+        Squared errors only grow as samples are added, so a candidate is dropped once it is past the error of a good
+        one over all samples; which one is good, a few samples tell. The result is that of scoring all of them.
+
+        Returns:
+            (C,) or (1,) indices.
+        """
+
+        work = self.workspace(rows)
+
+        def score(grids: _Grids, rows: Tensor) -> Tensor:
+            errors = grids.errors(rows, work)
+            return errors.sum(dim=1, keepdim=True) if jointly else errors
+
+        samples = rows.shape[1]
+        good = score(self, rows[:, :: max(1, samples // 4096)]).argmin(dim=0)
+        limit = torch.full_like(score(self[good[:1]], rows[:, :1])[0], torch.inf)
+        for candidate in good.unique():
+            limit = torch.minimum(limit, score(self[candidate[None]], rows)[0])
+        limit *= 1 + 1e-5  # sums in another order differ
+        total = torch.zeros(len(self), len(limit), dtype=torch.float64, device=rows.device)
+        alive, start = torch.arange(len(self), device=rows.device), 0
+        while start < samples:
+            grids = self[alive]
+            end = start + grids.chunk(rows)
+            total[alive] += score(grids, rows[:, start:end])
+            start = end
+            alive = alive[(total[alive] <= limit).any(dim=1)]
+        return alive[total[alive].argmin(dim=0)]  # argmin gives the first of equals
 
 
 @OBSERVERS.register_module(name=['omse', 'OmseObserver'])
@@ -281,16 +357,12 @@ class OmseObserver(RangeObserver):
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The candidate of least squared error on ``x``; the first one on a tie."""
         lo, hi = self.bounds()
-        rows = flatten_channels(x.detach().float(), self.axis)
-        shrink = [1.0 - i * self.step for i in range(self.candidates)]
-        grids = [self._candidate(lo * s, hi * s) for s in shrink]
-        scales = torch.stack([scale for scale, _ in grids]).reshape(self.candidates, -1)  # (K, C) or (K, 1)
+        grids = [self._candidate(lo * s, hi * s) for s in (1.0 - i * self.step for i in range(self.candidates))]
+        scales = torch.stack([scale for scale, _ in grids]).reshape(self.candidates, -1)
         zero_points = torch.stack([zp for _, zp in grids]).reshape(self.candidates, -1)
-        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
-        errors = _squared_errors(rows, scales, zero_points, qmin, qmax, self.arithmetic)
-        if self.arithmetic == 'reference':
-            errors = errors.sum(dim=1, keepdim=True).expand_as(scales)
-        best = errors.argmin(dim=0, keepdim=True)  # (1, C): argmin gives the first of equals
+        candidates = _Grids(scales, zero_points, self.bit_type, self.arithmetic)
+        rows = flatten_channels(x.detach().float(), self.axis)
+        best = candidates.best(rows, jointly=self.arithmetic == 'reference').expand(scales.shape[1])[None]
         scale, zero_point = scales.gather(0, best)[0], zero_points.gather(0, best)[0]
         return (scale, zero_point) if self.channels_kept else (scale[0], zero_point[0])
 
@@ -330,6 +402,7 @@ class PtfObserver(RangeObserver):
         widest, zero_point = affine_qparams(lo.min(), hi.max(), qmin, qmax, self.arithmetic)
         base = widest / 2 ** (self.factors - 1)
         scales = torch.stack([base * 2**k for k in range(self.factors)])[:, None]  # (K, 1)
+        grids = _Grids(scales, zero_point.expand_as(scales), self.bit_type, self.arithmetic)
         rows = flatten_channels(x.detach().float(), self.axis)
-        errors = _squared_errors(rows, scales, zero_point.expand_as(scales), qmin, qmax, self.arithmetic)
+        errors = grids.errors(rows, grids.workspace(rows))
         return base * torch.exp2(errors.argmin(dim=0)), zero_point

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor, nn
 
 from .quantizers import Quantizer
 
-__all__ = ['Phase', 'QuantLayer']
+__all__ = ['Phase', 'QuantLayer', 'full_precision']
 
 
 class Phase(enum.Enum):
@@ -21,21 +23,35 @@ class Phase(enum.Enum):
     QUANT = 'quant'  #: quantize
 
 
+def full_precision(*operands: Tensor) -> AbstractContextManager:
+    """Autocast off where all operands are float32: points of an 8-bit grid do not survive in half precision."""
+    device = operands[0].device.type
+    if torch.is_autocast_enabled(device) and all(x.dtype is torch.float32 for x in operands):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 class QuantLayer(nn.Module):
     """A layer that acts by its phase: the base of the five Q layers."""
 
     phase = Phase.FLOAT
 
-    def quantized(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+    def quantized(self, x: Tensor, quantizer: Quantizer, inplace: bool = False) -> Tensor:
         """``x`` as this phase wants it: untouched, observed by ``quantizer``, or on its grid."""
         if self.phase is Phase.FLOAT:
             return x
         if self.phase is Phase.QUANT:
-            return quantizer(x)
+            return quantizer(x, inplace)
         quantizer.observe(x)
         if self.phase is Phase.LAST_CALIBRATE:
             quantizer.take_qparams(x)
         return x
+
+    def freeze(self) -> None:
+        """Prepare what stays constant under quant; called when that phase is entered."""
+
+    def thaw(self) -> None:
+        """Give up what :meth:`freeze` prepared."""
 
     def quantizers(self) -> Iterator[Quantizer]:
         """The quantizers this layer owns itself."""

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from .functional import align, fake_quantize, log2_codes, log2_dequantize, quantize
+from .functional import align, log2_codes, log2_dequantize, quantize, saturate_, steps
 from .registry import QUANTIZERS, lookup
 from .scheme import QuantSpec
 
@@ -20,6 +20,8 @@ __all__ = ['Log2Quantizer', 'Quantizer', 'UniformQuantizer', 'build_quantizer']
 
 class Quantizer(nn.Module, ABC):
     """Fake-quantizes one tensor: ``forward(x)`` is the nearest point of its integer grid, in float.
+
+    ``forward(x, inplace=True)`` may write over ``x``.
 
     Args:
         spec: bits, observer, axis and arithmetic.
@@ -133,10 +135,20 @@ class UniformQuantizer(Quantizer):
         scale, zero_point = self._aligned(x)
         return quantize(x, scale, zero_point, *self._limits)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The nearest grid point of every element; float32 whatever ``x`` is."""
+    def steps(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """``quantize(x) - zero_point``: whole steps from zero, in floating point."""
         scale, zero_point = self._aligned(x)
-        return fake_quantize(x.float(), scale, zero_point, *self._limits)
+        return steps(x.float(), scale, zero_point, *self._limits, inplace=inplace)
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """The nearest grid point of every element; float32 whatever ``x`` is."""
+        scale, _ = self._aligned(x)
+        return self.steps(x, inplace).mul_(scale)
+
+    def from_steps_(self, x: Tensor) -> Tensor:
+        """Grid points of whole steps that may still leave the grid, in place: what integer layers put out."""
+        scale, zero_point = self._aligned(x)
+        return saturate_(x, zero_point, self.spec.bit_type.qmin, self.spec.bit_type.qmax).mul_(scale)
 
     def _aligned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         axis = self.spec.axis
@@ -173,7 +185,7 @@ class Log2Quantizer(Quantizer):
         """Codes, in floating point."""
         return log2_codes(x, self.spec.bit_type.bits, self.spec.arithmetic)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """The nearest power of two, or zero."""
         return log2_dequantize(self.quantize(x.float()), self.spec.bit_type.bits, self.spec.arithmetic)
 

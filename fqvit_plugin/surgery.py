@@ -89,6 +89,10 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
     float_bytes = count_bytes(classifier)
     make = LayerFactory(scheme, next(backbone.parameters()).device)
     BACKBONES[type(backbone)][1](backbone, make)
+    for module in backbone.modules():
+        # NumPy's numbers, from linspace over the depth, would break torch.compile's graphs at every block.
+        if hasattr(module, 'drop_prob'):
+            module.drop_prob = float(module.drop_prob)
     if classifier is not backbone:
         _quantize_neck_(classifier, make)
         _quantize_head_(classifier, make)

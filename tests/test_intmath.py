@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,9 +15,9 @@ from fqvit_plugin.functional import affine_qparams, fake_quantize
 from fqvit_plugin.intmath import (
     int_layernorm,
     int_layernorm_reference,
-    log_int_softmax,
-    log_int_softmax_codes,
-    log_int_softmax_reference,
+    log_int_softmax_,
+    log_int_softmax_reference_,
+    log_int_softmax_shift,
 )
 from fqvit_plugin.observers import PtfObserver
 from fqvit_plugin.scheme import BitType
@@ -105,8 +106,8 @@ def test_layernorm_is_the_same_in_python_ints(kind, channels, ptf):
     u = (codes * 2**factors).tolist()
     numbers = [t.double().tolist() for t in (in_scale.min(), out_scale, weight, bias)]
     expected = [layernorm_in_python_ints(token, in_range, *numbers, EPS) for token in u]
-    assert torch.round(y / out_scale).long().tolist() == expected
-    torch.testing.assert_close(y, tensor(expected) * out_scale, rtol=1e-6, atol=0)
+    assert y.long().tolist() == expected
+    assert torch.equal(y, y.round())
 
 
 @pytest.mark.parametrize(('finest', 'eps'), [(1e-7, 1e-5), (1e-6, 1e-6), (1e-3, 1e-6), (0.5, 1e-5), (50.0, 1e-5)])
@@ -119,7 +120,7 @@ def test_layernorm_with_small_and_large_steps_is_the_same_in_python_ints(finest,
     y = int_layernorm(codes * step, step, 255, out_scale, weight, bias, eps)
     numbers = [t.double().tolist() for t in (step, out_scale, weight, bias)]
     expected = [layernorm_in_python_ints(token, 255, *numbers, eps) for token in codes.tolist()]
-    assert torch.round(y / out_scale).long().tolist() == expected
+    assert y.long().tolist() == expected
 
 
 def test_the_normalized_value_inside_is_the_same_in_python_ints():
@@ -133,7 +134,7 @@ def test_the_normalized_value_inside_is_the_same_in_python_ints():
         layernorm_in_python_ints(token, 255, finest, 2.0**-16, [1.0] * 384, [0.0] * 384, EPS)
         for token in codes.tolist()
     ]
-    assert torch.round(y / out_scale).long().tolist() == expected
+    assert y.long().tolist() == expected
 
 
 def quantized_activations(channels, spread, ptf, bits=8, seed=0):
@@ -159,7 +160,7 @@ def code_errors(x, scale, in_range, eps, seed=0):
     exact = F.layer_norm(x.double(), (channels,), weight.double(), bias.double(), eps)
     out_scale = (exact.abs().max() / 127).float()
     y = int_layernorm(x, scale, in_range, out_scale, weight, bias, eps)
-    return (y - exact).abs() / out_scale
+    return (y - exact / out_scale).abs()
 
 
 @pytest.mark.parametrize('ptf', [False, True], ids=['per tensor', 'ptf'])
@@ -183,8 +184,8 @@ def test_reference_layernorm_is_coarser():
     x, scale, _ = quantized_activations(192, 1.0, True)
     weight, bias, out_scale = torch.ones(192), torch.zeros(192), tensor(0.03)
     exact = torch.round(F.layer_norm(x, (192,), eps=EPS) / out_scale)
-    reference = torch.round(int_layernorm_reference(x, scale, out_scale, weight, bias) / out_scale)
-    strict = torch.round(int_layernorm(x, scale, 255 * 8, out_scale, weight, bias, EPS) / out_scale)
+    reference = int_layernorm_reference(x, scale, out_scale, weight, bias)
+    strict = int_layernorm(x, scale, 255 * 8, out_scale, weight, bias, EPS)
     changed = (reference != exact).double().mean()
     assert 0.03 < changed < 0.3
     assert (strict != exact).double().mean() < 0.001
@@ -196,7 +197,7 @@ def test_dead_token_is_the_bias_in_strict_and_not_finite_in_reference(value):
     x, scale, out_scale = torch.full((3, 48), value), tensor(0.0123), tensor(0.05)
     weight, bias = torch.randn(48), torch.randn(48)
     y = int_layernorm(x, scale, 255, out_scale, weight, bias, EPS)
-    torch.testing.assert_close(y, (torch.round(bias / out_scale) * out_scale).expand(3, -1))
+    assert torch.equal(y, torch.round(bias / out_scale).expand(3, -1))
     assert not torch.isfinite(int_layernorm_reference(x, scale, out_scale, weight, bias)).all()
 
 
@@ -211,23 +212,31 @@ def test_layernorm_takes_any_leading_shape(shape):
 # ---------------------------------------------------------------- Log-Int-Softmax
 
 
-def codes_in_python_ints(distances, scale, bits, allowed):
-    """k = floor(log2(sum / (exp / sqrt 2))) on tables of whole numbers, by integer comparison alone."""
-    exp = [round(2**20 * math.exp(-d * scale)) if ok else 0 for d, ok in zip(distances, allowed, strict=True)]
-    threshold = [
-        round(2**20 / math.sqrt(2) * math.exp(-d * scale)) if ok else 0
-        for d, ok in zip(distances, allowed, strict=True)
-    ]
-    total, last = sum(exp), 2**bits - 1
-    exponents = []
-    for t in threshold:
-        k = 0
-        while t and total >= t << (k + 1):
-            k += 1
-        exponents.append(k if t else None)
-    least = min(k for k in exponents if k is not None)
-    start = least if least >= last else 0  # a row that would vanish counts from its largest entry
-    return [last if k is None else min(k - start, last) for k in exponents]
+def softmax(x, scale, bits, mask=None):
+    """Log-Int-Softmax of reals on the grid of ``scale``, which stay as they are."""
+    return log_int_softmax_(torch.round(x / scale), scale, bits, mask)
+
+
+def reference(x, scale, bits):
+    return log_int_softmax_reference_(x.clone(), scale, bits)
+
+
+def sixteen_bits(value):
+    """``(mantissa, shift)`` with ``mantissa * 2**-shift ~ value`` and 16 bits of mantissa."""
+    _, exponent = math.frexp(value)
+    mantissa = math.floor(Fraction(value) * Fraction(2) ** (16 - exponent) + Fraction(1, 2))
+    return mantissa, 16 - exponent
+
+
+def powers_in_python_ints(distances, scale, bits):
+    """Whole powers of two in units of 2**-(last - 1): a multiplication, a rounding shift, a shift."""
+    mantissa, shift = sixteen_bits(scale)
+    last = min(2**bits - 1, 16)
+    powers = []
+    for d in distances:
+        k = None if d is None else round(Fraction(d * mantissa) / Fraction(2) ** shift)
+        powers.append(0 if k is None or k >= last else 1 << (last - 1 - k))
+    return powers
 
 
 def logits(rows=16, size=50, seed=0, spread=40):
@@ -239,40 +248,51 @@ def logits(rows=16, size=50, seed=0, spread=40):
 SCALES = [1e-4, 1e-3, 0.01, 0.05, 0.15, 0.3, 0.5, 1.0, 1.7, 3.0, 10.0]
 
 
+@pytest.mark.parametrize('scale', [*SCALES, 1e-30, 2.0**-7 / math.log2(math.e)])
+def test_octaves_per_step_have_sixteen_bits(scale):
+    octaves = (tensor(scale) * math.log2(math.e)).double().item()
+    mantissa, shift = sixteen_bits(octaves)
+    assert Fraction(log_int_softmax_shift(tensor(scale)).double().item()) == mantissa / Fraction(2) ** shift
+    assert abs(mantissa / Fraction(2) ** shift / Fraction(octaves) - 1) <= Fraction(2) ** -16
+
+
 @pytest.mark.parametrize('scale', SCALES)
 @pytest.mark.parametrize('bits', [2, 3, 4, 8])
 @pytest.mark.parametrize('masked', [False, True])
-def test_softmax_codes_are_the_same_in_python_ints(scale, bits, masked):
+def test_softmax_is_the_same_in_python_ints(scale, bits, masked):
     q = logits()
     forbidden = torch.rand(q.shape, generator=torch.Generator().manual_seed(2)) < 0.4
     forbidden[:, 0] = False
     forbidden &= tensor(masked)
-    distance = q.masked_fill(forbidden, -999).amax(-1, keepdim=True) - q
-    distance = distance.masked_fill(forbidden, 0).long()
-    step = tensor(scale)
-    codes = log_int_softmax_codes(distance, step, bits, forbidden if masked else None)
-    expected = [
-        codes_in_python_ints(row, step.double().item(), bits, allowed)
-        for row, allowed in zip(distance.tolist(), (~forbidden).tolist(), strict=True)
-    ]
-    assert codes.long().tolist() == expected
+    mask = torch.where(forbidden, -100.0, 0.0) if masked else None
+    p = log_int_softmax_(q.clone(), tensor(scale), bits, mask)
+    octaves = (tensor(scale) * math.log2(math.e)).double().item()
+    expected = []
+    for row, banned in zip(q.long().tolist(), forbidden.tolist(), strict=True):
+        top = max(v for v, f in zip(row, banned, strict=True) if not f)
+        distances = [None if f else top - v for v, f in zip(row, banned, strict=True)]
+        powers = powers_in_python_ints(distances, octaves, bits)
+        expected.append([float(np.float32(v) / np.float32(sum(powers))) for v in powers])
+    assert p.tolist() == expected
 
 
 @pytest.mark.parametrize('scale', SCALES)
-def test_softmax_codes_are_rounded_logarithms(scale):
-    # oracle: softmax in float64; the tables hold 20 fractional bits, so down to 2**-10 they decide all but near ties
+def test_softmax_is_within_half_an_octave(scale):
+    # oracle: softmax in float64, relative to the row's largest probability
     q, step = logits(rows=200), tensor(scale)
-    distance = (q.amax(-1, keepdim=True) - q).long()
-    exact = -torch.log2(torch.softmax(q.double() * step.double(), -1))
-    seen = exact < 10
-    codes = log_int_softmax_codes(distance, step, 4)
-    assert (codes - exact)[seen].abs().max() <= 0.5 + 2e-3
+    exact = torch.softmax(q.double() * step.double(), -1)
+    exact = torch.log2(exact / exact.amax(-1, keepdim=True))
+    p = log_int_softmax_(q.clone(), step, 4).double()
+    ours = torch.log2(p / p.amax(-1, keepdim=True))
+    seen = exact > -14
+    assert (ours - exact)[seen].abs().max() <= 0.5 + 1e-3
+    assert (p[exact < -14.6] == 0).all()
 
 
 @pytest.mark.parametrize('scale', SCALES)
 @pytest.mark.parametrize('bits', [2, 3, 4, 8, 16])
 def test_softmax_rows_sum_to_one_at_every_scale(scale, bits):
-    p = log_int_softmax(logits(size=197) * tensor(scale), tensor(scale), bits)
+    p = softmax(logits(size=197) * tensor(scale), tensor(scale), bits)
     assert torch.isfinite(p).all()
     assert (p >= 0).all()
     torch.testing.assert_close(p.sum(-1), torch.ones(16), rtol=0, atol=1e-5)
@@ -282,30 +302,42 @@ def test_softmax_rows_sum_to_one_at_every_scale(scale, bits):
 @pytest.mark.parametrize('size', [1, 2, 16, 197, 1000])
 def test_equal_logits_share_equally(bits, size):
     # with few bits every share is below the smallest power of two: the row may not vanish
-    p = log_int_softmax(torch.full((2, size), 5.0), tensor(0.1), bits)
+    p = softmax(torch.full((2, size), 5.0), tensor(0.1), bits)
     torch.testing.assert_close(p, torch.full((2, size), 1 / size))
 
 
-def test_a_vanishing_row_keeps_its_order():
-    # 2 bits hold 1, 1/2, 1/4 and zero; 100 tokens of probability 1/100 and 100 of half that
+def test_codes_count_from_the_largest_probability():
+    # 2 bits hold 1, 1/2, 1/4 and zero; 100 tokens of probability 1/150 and 100 of half that
     q = tensor([[0.0] * 100 + [-1.0] * 100])
-    p = log_int_softmax(q * math.log(2), tensor(math.log(2)), 2)
+    p = log_int_softmax_(q, tensor(math.log(2)), 2)
     torch.testing.assert_close(p[0, :100] / p[0, 100:], torch.full((100,), 2.0))
+
+
+@pytest.mark.parametrize(('bits', 'last'), [(2, 3), (3, 7), (4, 15), (5, 16), (8, 16)])
+def test_the_last_code_is_zero(bits, last):
+    p = log_int_softmax_(-torch.arange(20.0)[None], tensor(math.log(2)), bits)
+    assert int((p > 0).sum()) == last
+
+
+def test_it_works_in_place():
+    q = logits()
+    p = log_int_softmax_(q, tensor(0.1), 4)
+    assert p is q
 
 
 def test_masked_entries_are_zero_and_count_for_nothing():
     q, step = logits(rows=8, size=20), tensor(0.1)
     mask = torch.zeros(8, 20)
     mask[:, 12:] = -100.0
-    p = log_int_softmax(q * step, step, 4, mask)
+    p = softmax(q * step, step, 4, mask)
     assert (p[:, 12:] == 0).all()
-    assert torch.equal(p[:, :12], log_int_softmax(q[:, :12] * step, step, 4))
+    assert torch.equal(p[:, :12], softmax(q[:, :12] * step, step, 4))
 
 
 def test_a_large_forbidden_logit_counts_for_nothing():
     q = tensor([[1.0, 2.0, 127.0]])
-    p = log_int_softmax(q, tensor(1.0), 8, tensor([0.0, 0.0, -100.0]))
-    assert torch.equal(p[:, :2], log_int_softmax(q[:, :2], tensor(1.0), 8))
+    p = softmax(q, tensor(1.0), 8, tensor([0.0, 0.0, -100.0]))
+    assert torch.equal(p[:, :2], softmax(q[:, :2], tensor(1.0), 8))
     assert p[0, 2] == 0
 
 
@@ -313,7 +345,7 @@ def test_a_large_forbidden_logit_counts_for_nothing():
 def test_one_allowed_entry_takes_all(scale):
     mask = torch.full((5, 9), -100.0)
     mask[torch.arange(5), torch.arange(5)] = 0
-    p = log_int_softmax(logits(5, 9) * scale, tensor(scale), 4, mask)
+    p = softmax(logits(5, 9) * scale, tensor(scale), 4, mask)
     assert torch.equal(p, (mask == 0).float())
 
 
@@ -323,19 +355,15 @@ def test_mask_broadcasts_over_windows_and_heads():
     x = logits(2 * 3 * 4 * 6, 6).reshape(2, 3, 4, 6, 6) * step
     mask = torch.where(torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.5, -100.0, 0.0)
     mask[..., range(6), range(6)] = 0
-    p = log_int_softmax(x, step, 4, mask)
+    p = softmax(x, step, 4, mask)
     for window in range(3):
-        single = log_int_softmax(x[1, window, 2], step, 4, mask[window, 0])
+        single = softmax(x[1, window, 2], step, 4, mask[window, 0])
         assert torch.equal(p[1, window, 2], single)
 
 
 def test_softmax_ignores_a_common_offset():
     q, step = logits(), tensor(0.05)
-    assert torch.equal(log_int_softmax(q * step, step, 4), log_int_softmax((q + 77) * step, step, 4))
-
-
-def test_softmax_keeps_the_dtype():
-    assert log_int_softmax(torch.zeros(2, 3), tensor(0.1), 4).dtype == torch.float32
+    assert torch.equal(log_int_softmax_(q.clone(), step, 4), log_int_softmax_(q + 77, step, 4))
 
 
 @pytest.mark.parametrize('scale', [0.02, 0.05, 0.1, 0.2, 0.5])
@@ -346,22 +374,18 @@ def test_strict_softmax_is_nearer_to_float_than_the_reference(scale):
     q = torch.round(torch.randn(4, 64, 64, generator=generator) / scale).clamp(-128, 127)
     v = torch.randn(4, 64, 32, generator=generator)
     exact = torch.softmax(q * step, -1) @ v
-    strict, reference = (
-        (f(q * step, step, 4) @ v - exact).abs().mean() for f in (log_int_softmax, log_int_softmax_reference)
-    )
-    assert strict < 0.95 * reference
+    strict, published = ((f(q * step, step, 4) @ v - exact).abs().mean() for f in (softmax, reference))
+    assert strict < 0.95 * published
     # the reference's rows do not sum to 1, which a mean in V shows most
     biased = v + 2
     exact = torch.softmax(q * step, -1) @ biased
-    strict, reference = (
-        (f(q * step, step, 4) @ biased - exact).abs().mean() for f in (log_int_softmax, log_int_softmax_reference)
-    )
-    assert strict < 0.3 * reference
+    strict, published = ((f(q * step, step, 4) @ biased - exact).abs().mean() for f in (softmax, reference))
+    assert strict < 0.3 * published
 
 
 def test_recorded_weaknesses_of_the_reference_softmax():
     # field.md D1: NaN above a scale of 1.67; D6: rows sum to 1.08 on average. Strict has neither.
     q = logits(rows=400, size=64, spread=10)
-    assert torch.isnan(log_int_softmax_reference(q * 1.7, tensor(1.7), 4)).all()
-    sums = log_int_softmax_reference(q * 0.1, tensor(0.1), 4).sum(-1)
+    assert torch.isnan(reference(q * 1.7, tensor(1.7), 4)).all()
+    sums = reference(q * 0.1, tensor(0.1), 4).sum(-1)
     assert 1.03 < sums.mean() < 1.15

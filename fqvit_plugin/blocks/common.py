@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
-from ..phase import QuantLayer
+from ..phase import QuantLayer, full_precision
 from ..scheme import QuantScheme
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     'is_quantized',
     'link',
     'linked',
+    'product',
 ]
 
 
@@ -39,12 +40,16 @@ class LayerFactory:
         self.device = device
 
     def act(self) -> QAct:
-        """Quantizer of an activation."""
+        """Quantizer of an activation that was just computed and has no other reader."""
+        return QAct(self.scheme.act, inplace=True).to(self.device)
+
+    def act_of_shared(self) -> QAct:
+        """Quantizer of a tensor that belongs to somebody else: the image, a parameter."""
         return QAct(self.scheme.act).to(self.device)
 
     def norm_input(self, channels: int) -> QAct:
         """Quantizer of a residual stream, which a LayerNorm will read."""
-        return QAct(self.scheme.norm_input, channels).to(self.device)
+        return QAct(self.scheme.norm_input, channels, inplace=True).to(self.device)
 
     def softmax(self) -> QIntSoftmax:
         """Softmax with quantized probabilities."""
@@ -72,6 +77,12 @@ def linked(module: Any) -> QAct:
     """The layer that quantized the input of ``module``."""
     act: QAct = module._input_act[0]
     return act
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` of two activations, in float32 under quant whatever autocast says."""
+    with full_precision(a, b):
+        return a @ b
 
 
 class QLinearAct(QLinear):
@@ -106,7 +117,7 @@ class QNormAct(QIntLayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(…, C) to (…, C), quantized."""
-        return self.out_act(super().forward(x, linked(self), self.out_act))
+        return super().forward(x, linked(self), self.out_act)
 
 
 class QPooling(nn.Module):
@@ -170,7 +181,7 @@ class QPatchEmbed(nn.Module):
         self.projection = make.conv(embed.projection)
         self.norm = None if embed.norm is None else make.norm(embed.norm)
         self.init_input_size, self.init_out_size = embed.init_input_size, embed.init_out_size
-        self.input_act = make.act() if make.scheme.input_quant else nn.Identity()
+        self.input_act = make.act_of_shared() if make.scheme.input_quant else nn.Identity()
         self.patch_act = make.act()
         self.norm_act = None if embed.norm is None else make.act()
 
@@ -188,7 +199,7 @@ class QPatchEmbed(nn.Module):
         out_size = (x.shape[2], x.shape[3])
         x = self.patch_act(x.flatten(2).transpose(1, 2))
         if self.norm is not None and self.norm_act is not None:
-            x = self.norm_act(self.norm(x, self.patch_act, self.norm_act))
+            x = self.norm(x, self.patch_act, self.norm_act)
         return x, out_size
 
 

@@ -21,6 +21,7 @@ from .common import (
     check_patch_embed,
     link,
     linked,
+    product,
 )
 
 __all__ = ['QPatchMerging', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
@@ -41,7 +42,7 @@ class QWindowMSA(nn.Module):
         self.proj = make.linear(attn.proj)
         self.qkv_act = make.act()
         self.scores_act = make.act()  # q k^T
-        self.bias_table_act = make.act()
+        self.bias_table_act = make.act_of_shared()
         self.logits_act = make.act()  # scores and bias
         self.probs = make.softmax()
         self.context_act = make.act()
@@ -53,10 +54,10 @@ class QWindowMSA(nn.Module):
         qkv = self.qkv_act(self.qkv(x))
         qkv = qkv.reshape(windows, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (windows B, heads, N, D) each
-        scores = self.scores_act((q * self.scale) @ k.transpose(-2, -1))
-        logits = self.logits_act(scores + self._position_bias(tokens))  # (windows B, heads, N, N)
+        scores = self.scores_act(product(q * self.scale, k.transpose(-2, -1)))
+        logits = scores + self._position_bias(tokens)  # (windows B, heads, N, N)
         probs = self.attn_drop(self._softmax(logits, mask))
-        x = (probs @ v).transpose(1, 2).reshape(windows, tokens, channels)
+        x = product(probs, v).transpose(1, 2).reshape(windows, tokens, channels)
         return self.proj_drop(self.proj_act(self.proj(self.context_act(x))))
 
     def _position_bias(self, tokens: int) -> Tensor:
@@ -89,9 +90,9 @@ class QSwinBlock(nn.Module):
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H W, C) to (B, H W, C), on the grid of ``residual_act``."""
-        y = self.norm1_act(self.norm1(x, linked(self), self.norm1_act))
+        y = self.norm1(x, linked(self), self.norm1_act)
         x = self.attn_residual_act(self.attn(y, hw_shape) + x)
-        y = self.norm2_act(self.norm2(x, self.attn_residual_act, self.norm2_act))
+        y = self.norm2(x, self.attn_residual_act, self.norm2_act)
         return self.residual_act(x + self.ffn(y))
 
 
@@ -119,7 +120,7 @@ class QPatchMerging(nn.Module):
             for i in range(2)
         )
         x = self.sampler(x).transpose(1, 2)  # (B, H/2 W/2, 4C), the four neighbours of a channel side by side
-        x = self.norm_act(self.norm(x, linked(self), self.norm_act, repeat=kernel[0] * kernel[1]))
+        x = self.norm(x, linked(self), self.norm_act, repeat=kernel[0] * kernel[1])
         return self.residual_act(self.reduction(x)), (height, width)
 
 

@@ -14,7 +14,17 @@ from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
 from ..layers import QAct
-from .common import QFFN, LayerFactory, QPatchEmbed, check_ffn, check_norm, check_patch_embed, link, linked
+from .common import (
+    QFFN,
+    LayerFactory,
+    QPatchEmbed,
+    check_ffn,
+    check_norm,
+    check_patch_embed,
+    link,
+    linked,
+    product,
+)
 
 __all__ = [
     'QDeiT3',
@@ -47,9 +57,9 @@ class QMultiheadAttention(nn.Module):
         qkv = self.qkv_act(self.qkv(x))
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dims).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (B, heads, N, D) each
-        logits = self.logits_act(q @ k.transpose(-2, -1) * self.head_dims**-0.5)  # (B, heads, N, N)
+        logits = product(q, k.transpose(-2, -1)).mul_(self.head_dims**-0.5)  # (B, heads, N, N)
         probs = self.attn_drop(self.probs(logits, self.logits_act))
-        x = (probs @ v).transpose(1, 2).reshape(batch, tokens, -1)
+        x = product(probs, v).transpose(1, 2).reshape(batch, tokens, -1)
         x = self.proj_act(self.gamma1(self.proj(self.context_act(x))))
         return self.out_drop(self.proj_drop(x))
 
@@ -74,10 +84,10 @@ class QEncoderBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C), on the grid of ``residual_act``."""
-        y = self.norm1_act(self.ln1(x, linked(self), self.norm1_act))
+        y = self.ln1(x, linked(self), self.norm1_act)
         x = self.attn_residual_act(x + self.attn(y))
         norm = getattr(self, self._second_norm)
-        y = self.norm2_act(norm(x, self.attn_residual_act, self.norm2_act))
+        y = norm(x, self.attn_residual_act, self.norm2_act)
         return self.residual_act(x + self.ffn(y))
 
 
@@ -118,21 +128,21 @@ class QVisionTransformer(VisionTransformer):
         residual = self.layers[-1].residual_act
         if self.out_type == 'avg_featmap':
             return self._mean_features(x, residual, normed)
-        if normed:
-            x = self.ln1(x, residual, self.output_act)
+        # Picked before the norm, so that the range observed is that of the tokens the head will see.
         features = self._format_output(x, hw)
         if not normed:
             return features
-        # Quantized after the pick, so that the range is that of the tokens the head will see.
         if isinstance(features, tuple):
-            return self.output_act(torch.stack(features)).unbind(0)
-        return self.output_act(features)
+            return self.ln1(torch.stack(features), residual, self.output_act).unbind(0)
+        if self.out_type == 'featmap':  # (B, C, H, W)
+            return self.ln1(features.movedim(1, -1), residual, self.output_act).movedim(-1, 1)
+        return self.ln1(features, residual, self.output_act)
 
     def _mean_features(self, x: Tensor, residual: QAct, normed: bool) -> Tensor:
         if normed:
-            x = self.token_act(self.ln1(x, residual, self.token_act))
+            x = self.ln1(x, residual, self.token_act)
         pooled = self.pooled_act(x[:, self.num_extra_tokens :].mean(dim=1))
-        return self.output_act(self.ln2(pooled, self.pooled_act, self.output_act))
+        return self.ln2(pooled, self.pooled_act, self.output_act)
 
 
 class QDistilledVisionTransformer(QVisionTransformer, DistilledVisionTransformer):
@@ -179,7 +189,7 @@ def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
     """Put quantized twins into a plain ViT that passed :func:`check_vit`, in place."""
     backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
     channels = backbone.embed_dims
-    backbone.embed_act, backbone.pos_act = make.act(), make.act()
+    backbone.embed_act, backbone.pos_act = make.act(), make.act_of_shared()
     backbone.residual_act = make.norm_input(channels)
     previous = backbone.residual_act
     for i, layer in enumerate(backbone.layers):
