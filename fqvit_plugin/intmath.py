@@ -8,9 +8,9 @@ step. Vector units are fast at floats and slow at int64, so this is the quicker 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -20,6 +20,24 @@ __all__ = [
     'log_int_softmax_reference_',
     'log_int_softmax_shift',
 ]
+
+
+#: Elements that are worked on at a time. The functions below need several tensors of scratch memory, and new memory
+#: costs more than their arithmetic: slices reuse it while it is in the cache.
+_SLICE = 1 << 19
+
+
+def _by_slices(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
+    """``function(x)``, taken over slices of rows; compilers, which need no scratch memory, see it whole."""
+    if torch.compiler.is_compiling() or x.numel() <= _SLICE or not x.is_contiguous():
+        return function(x)
+    out = torch.empty_like(x) if out is None else out
+    rows = max(1, _SLICE // x.shape[-1])
+    for source, target in zip(*(t.view(-1, x.shape[-1]).split(rows) for t in (x, out)), strict=True):
+        result = function(source)
+        if result.data_ptr() != target.data_ptr():
+            target.copy_(result)
+    return out
 
 
 def int_layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -37,6 +55,10 @@ def int_layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weig
 
     Source: FQ-ViT, section 4.1 and its published code.
     """
+    return _by_slices(lambda rows: _layernorm_reference(rows, in_scale, out_scale, weight, bias), x)
+
+
+def _layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     channels = x.shape[-1]
     finest = in_scale.min()
     u = (x / in_scale).round() * (in_scale / finest).round()  # (…, C), integers on the finest step
@@ -86,6 +108,12 @@ def int_layernorm(
 
     Source: FQ-ViT, section 4.1; I-BERT's integer root. Deviations: docs/numerics.md.
     """
+    return _by_slices(lambda rows: _layernorm(rows, in_scale, in_range, out_scale, weight, bias, eps), x)
+
+
+def _layernorm(
+    x: Tensor, in_scale: Tensor, in_range: int, out_scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tensor:
     channels = x.shape[-1]
     finest = in_scale.min()
     u = torch.div(x, finest).round_()  # |u| <= in_range < 2**12 for 8 bits with factors up to 8
@@ -140,6 +168,10 @@ def log_int_softmax_reference_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     Source: FQ-ViT, section 4.2 and its published code; Kim et al., I-BERT, ICML 2021.
     """
+    return _by_slices(lambda rows: _log_int_softmax_rows_(rows, scale, bits), x, out=x)
+
+
+def _log_int_softmax_rows_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     b, c = 0.96963238 / 0.35815147, 1.0 / 0.35815147
     n = 30
     x.div_(scale)
@@ -150,15 +182,15 @@ def log_int_softmax_reference_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     exp_int = quotient * ln2
     x.sub_(exp_int)  # the rest
     # x (x + b) + c; the leading 0.358 cancels
-    exp_int.copy_(x).add_(torch.floor(b / scale)).mul_(x).add_(torch.floor(c / scale**2))
+    torch.add(x, torch.floor(b / scale), out=exp_int).mul_(x).add_(torch.floor(c / scale**2))
     exp_int.mul_(quotient.neg_().add_(n).exp2_()).floor_().clamp_min_(0)
     sum_ = exp_int.sum(dim=-1, keepdim=True)
-    ratio = quotient.copy_(sum_.expand_as(x)).div_(exp_int).round_()
-    # The exponent rounds up from a mantissa of 1.5 on: half a mantissa more, and it has carried over.
-    exponent = ratio.view(torch.int32).add_(1 << 22).bitwise_right_shift_(23).sub_(127)
-    powers = x.copy_(exponent).clamp_min_(0).neg_().exp2_()
-    last = min(2**bits - 1, 127)  # 128 is infinity's exponent
-    return F.threshold_(powers, 2.0 ** -(last + 0.5), 0.0).mul_(sum_ / sum_)  # NaN where the sum vanished
+    ratio = torch.div(sum_, exp_int, out=x).round_()
+    # 2**-k made of bits. The exponent rounds up from a mantissa of 1.5 on: half a mantissa more, and it has carried
+    # over; 254 minus the biased exponent is that of the reciprocal.
+    ratio.view(torch.int32).add_(1 << 22).bitwise_and_(255 << 23).neg_().add_(254 << 23)
+    last = min(2**bits - 1, 126)  # 2**-127 has no normal form
+    return torch.threshold_(x, 2.0 ** -(last + 0.5), 0.0).mul_(sum_ / sum_)  # NaN where the sum vanished
 
 
 #: Log2 codes from here on are zero: 2**-15.5 of the row's largest probability. All sums of powers up to 512 tokens
@@ -199,5 +231,5 @@ def log_int_softmax_(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | Non
         steps.add_(torch.where(mask < 0, -torch.inf, 0.0))
     steps.sub_(steps.amax(dim=-1, keepdim=True))
     powers = steps.mul_(log_int_softmax_shift(scale)).round_().exp2_()
-    F.threshold_(powers, 2.0 ** -min(2**bits - 1, _DEPTH), 0.0)
+    torch.threshold_(powers, 2.0 ** -min(2**bits - 1, _DEPTH), 0.0)
     return powers.div_(powers.sum(dim=-1, keepdim=True))

@@ -75,8 +75,9 @@ class _QWeightLayer(QuantLayer):
             return  # a quantizer of somebody else's, which may have no integers
         with torch.no_grad():
             steps = self.weight_quantizer.steps(self.weight)
-        narrow = bool(steps.abs().max() <= 127)
-        self.weight_steps = steps.to(torch.int8 if narrow else torch.int32)
+        largest = steps.abs().max()
+        narrowest = next(t for t in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(t).max)
+        self.weight_steps = steps.to(narrowest)
         self._frozen_at = self._state_of_weight()
 
     def thaw(self) -> None:
@@ -292,7 +293,11 @@ class QIntSoftmax(QuantLayer):
             return self._log_int(logits, in_act, mask)
         if in_act is not None:
             logits = in_act(logits)
-        probabilities = torch.softmax(logits if mask is None else logits + mask, dim=-1)
+        x = logits if mask is None else logits + mask
+        # Saves a tensor as large as the logits during calibration; autograd and compilers need the copy.
+        own = mask is not None or (in_act is not None and in_act.inplace)
+        copies = not own or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        probabilities = torch.softmax(x, dim=-1) if copies else torch.softmax(x, dim=-1, out=x)
         return probabilities if self.quantizer is None else self.quantized(probabilities, self.quantizer)
 
     def _integer_now(self) -> bool:

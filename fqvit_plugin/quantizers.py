@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
-from .functional import align, log2_codes, log2_dequantize, quantize, saturate_, steps
+from .functional import Arithmetic, align, log2_codes, log2_dequantize, quantize, saturate_, steps
 from .registry import QUANTIZERS, lookup
 from .scheme import QuantSpec
 
@@ -155,7 +155,7 @@ class UniformQuantizer(Quantizer):
         return align(self.scale, x, axis), align(self.zero_point, x, axis)
 
     @property
-    def _limits(self) -> tuple:
+    def _limits(self) -> tuple[int, int, Arithmetic]:
         return self.spec.bit_type.qmin, self.spec.bit_type.qmax, self.spec.arithmetic
 
 

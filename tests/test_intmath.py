@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import tensor
 
+from fqvit_plugin import intmath
 from fqvit_plugin.functional import affine_qparams, fake_quantize
 from fqvit_plugin.intmath import (
     int_layernorm,
@@ -389,3 +390,17 @@ def test_recorded_weaknesses_of_the_reference_softmax():
     assert torch.isnan(reference(q * 1.7, tensor(1.7), 4)).all()
     sums = reference(q * 0.1, tensor(0.1), 4).sum(-1)
     assert 1.03 < sums.mean() < 1.15
+
+
+def test_slices_change_nothing(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-128, 128, (5, 7, 48), generator=generator) * 0.5
+    weight, bias = torch.randn(48, generator=generator), torch.randn(48, generator=generator)
+    functions = [
+        lambda: int_layernorm(codes, tensor(0.5), 255, tensor(0.05), weight, bias, EPS),
+        lambda: int_layernorm_reference(codes, tensor(0.5), tensor(0.05), weight, bias),
+        lambda: log_int_softmax_reference_(codes.clone(), tensor(0.5), 4),
+    ]
+    whole = [function() for function in functions]
+    monkeypatch.setattr(intmath, '_SLICE', 100)
+    assert all(torch.equal(function(), y) for function, y in zip(functions, whole, strict=True))

@@ -20,7 +20,7 @@ from fqvit_plugin.intmath import (
     log_int_softmax_,
     log_int_softmax_reference_,
 )
-from fqvit_plugin.lifecycle import calibrate_, close_calibrate, open_calibrate, open_last_calibrate, quant
+from fqvit_plugin.lifecycle import calibrate_, close_calibrate, dequant, open_calibrate, open_last_calibrate, quant
 from fqvit_plugin.phase import Phase, QuantLayer
 from fqvit_plugin.scheme import BitType, QuantSpec
 
@@ -138,7 +138,79 @@ def test_observer_of_weights_sees_the_weight():
     assert (twin.weight_quantizer.scale <= layer.weight.abs().amax(1) / 7 + 1e-7).all()
 
 
+@pytest.mark.parametrize(('bits', 'dtype'), [(4, torch.int8), (8, torch.int8), (9, torch.int16), (16, torch.int16)])
+@torch.no_grad()
+def test_the_weight_is_quantized_once_and_kept_as_integers(bits, dtype):
+    twin = QLinear.from_float(nn.Linear(6, 5), QuantSpec(BitType(bits, True), axis=0))
+    calibrate_(twin, [torch.randn(2, 6)])
+    assert twin.weight_steps is None
+    quant(twin)
+    assert twin.weight_steps.dtype == dtype
+    kept = twin.weight_steps
+    expected = twin.weight_quantizer(twin.weight)
+    assert torch.equal(twin.weight_in_phase(), expected)
+    assert twin.weight_steps is kept, 'quantized once'
+    assert 'weight_steps' not in twin.state_dict()
+    dequant(twin)
+    assert twin.weight_steps is None
+
+
+@torch.no_grad()
+def test_a_weight_off_center_is_kept_wider():
+    layer = nn.Linear(6, 5)
+    layer.weight.abs_()
+    twin = QLinear.from_float(layer, QuantSpec(BitType(8, False), axis=0))
+    calibrate_(twin, [torch.randn(2, 6)])
+    quant(twin)
+    assert twin.weight_steps.dtype == torch.int16
+    assert torch.equal(twin.weight_in_phase(), twin.weight_quantizer(layer.weight))
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        lambda twin: twin.weight.mul_(0.5),
+        lambda twin: twin.weight_quantizer.scale.mul_(2),
+        lambda twin: twin.load_state_dict({**twin.state_dict(), 'weight': torch.ones(5, 6)}),
+        lambda twin: setattr(twin, 'weight', nn.Parameter(torch.ones(5, 6))),
+        lambda twin: setattr(twin.weight, 'data', torch.ones(5, 6)),
+    ],
+    ids=['weight', 'scale', 'load', 'parameter', 'data'],
+)
+@torch.no_grad()
+def test_a_changed_weight_is_quantized_anew(change):
+    twin = QLinear.from_float(nn.Linear(6, 5), QuantSpec(BitType(8, True), axis=0))
+    calibrate_(twin, [torch.randn(2, 6)])
+    quant(twin)
+    before = twin.weight_in_phase()
+    change(twin)
+    assert torch.equal(twin.weight_in_phase(), twin.weight_quantizer(twin.weight))
+    assert not torch.equal(twin.weight_in_phase(), before)
+
+
+def test_a_frozen_weight_works_under_inference_mode():
+    twin = QLinear.from_float(nn.Linear(6, 5), QuantSpec(BitType(8, True), axis=0))
+    with torch.inference_mode():
+        calibrate_(twin, [torch.randn(2, 6)])
+        quant(twin)
+        inside = twin(torch.ones(1, 6))
+    assert torch.equal(inside, twin(torch.ones(1, 6)).detach())
+
+
 # ---------------------------------------------------------------- QAct
+
+
+@torch.no_grad()
+def test_only_an_act_that_says_so_writes_over_its_input():
+    x = torch.randn(20)
+    for inplace in (False, True):
+        act, mine = QAct(ACT, inplace=inplace), x.clone()
+        calibrate_(act, [mine])
+        assert torch.equal(mine, x), 'never while it observes'
+        quant(act)
+        y = act(mine)
+        assert (y is mine) == inplace
+        assert torch.equal(mine, x) != inplace
 
 
 def test_act_by_phase():

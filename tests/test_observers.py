@@ -11,7 +11,7 @@ import torch
 from torch import tensor
 
 from fqvit_plugin import observers
-from fqvit_plugin.functional import fake_quantize
+from fqvit_plugin.functional import affine_qparams, fake_quantize
 from fqvit_plugin.observers import (
     EmaObserver,
     MinMaxObserver,
@@ -20,6 +20,7 @@ from fqvit_plugin.observers import (
     PercentileObserver,
     PtfObserver,
     RangeObserver,
+    _ends,
 )
 from fqvit_plugin.scheme import BitType
 
@@ -448,3 +449,35 @@ def test_base_classes_are_abstract():
     with pytest.raises(TypeError, match='abstract'):
         Observer(UINT8)
     assert issubclass(RangeObserver, Observer)
+
+
+@pytest.mark.parametrize('count', [300, 3_000_000])
+def test_omse_drops_no_candidate_that_could_win(count):
+    # oracle: every candidate scored on every value, in float64
+    generator = torch.Generator().manual_seed(count)
+    x = torch.randn(count, generator=generator) ** 3
+    bit_type = BitType(4, False)
+    observer = OmseObserver(bit_type)
+    observer.update(x)
+    scale, _ = observer.qparams(x)
+    lo, hi, best = x.min(), x.max(), None
+    for i in range(90):
+        shrink = 1.0 - i * 0.01
+        s, z = affine_qparams(lo * shrink, hi * shrink, 0, 15)
+        steps = (x / s).round_().add_(z).clamp_(0, 15).sub_(z)
+        error = (steps.double() * s - x).square_().sum().item()
+        if best is None or error < best[0]:
+            best = (error, s)
+    assert scale == best[1]
+
+
+@pytest.mark.parametrize('shape', [(7,), (1000,), (99_991,), (3, 50_000)])
+@pytest.mark.parametrize('largest', [True, False])
+@pytest.mark.parametrize('count', [1, 2, 7])
+def test_ends_are_topk(shape, largest, count):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).round_(decimals=2)  # with many ties
+    rows = x.reshape(-1, shape[-1])
+    expected = rows.topk(count, dim=1, largest=largest).values
+    assert torch.equal(_ends(rows, count, largest), expected)
+    sorted_rows = rows.sort(dim=1, descending=largest).values  # the extremes all in one block
+    assert torch.equal(_ends(sorted_rows, count, largest), expected)
