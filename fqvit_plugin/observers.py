@@ -7,7 +7,6 @@ with ``@OBSERVERS.register_module()``, and name it in ``get_scheme(observer=...)
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,9 +16,9 @@ from .functional import (
     Arithmetic,
     affine_qparams,
     flatten_channels,
-    round_steps_,
     symmetric_qparams,
 )
+from .grids import Grids
 from .registry import OBSERVERS
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ __all__ = [
     'RangeObserver',
 ]
 
-#: Elements times candidate grids worked on at a time in a search; twice that is taken as workspace: 4 MB.
-_CHUNK = 1 << 19
 #: torch.quantile refuses more elements than this, where the reference falls back on numpy's float64 ranks.
 _TORCH_QUANTILE_LIMIT = 1 << 24
 
@@ -273,75 +270,6 @@ def _ends(rows: Tensor, count: int, largest: bool) -> Tensor:
     return torch.cat((candidates, rows[:, cut:]), dim=1).topk(count, dim=1, largest=largest).values
 
 
-@dataclass(frozen=True)
-class _Grids:
-    """Candidate grids of a search: ``scales`` and ``zero_points``, (K, C), or (K, 1) for all channels alike."""
-
-    scales: Tensor
-    zero_points: Tensor
-    bit_type: BitType
-    arithmetic: Arithmetic
-
-    def __len__(self) -> int:
-        return len(self.scales)
-
-    def __getitem__(self, candidates: Tensor) -> _Grids:
-        return replace(self, scales=self.scales[candidates], zero_points=self.zero_points[candidates])
-
-    def chunk(self, rows: Tensor) -> int:
-        """How many samples of ``rows`` to work on at a time."""
-        return max(1, _CHUNK // (len(self) * rows.shape[0]))
-
-    def errors(self, rows: Tensor, work: Tensor) -> Tensor:
-        """Sums of squared errors of ``rows`` (C, S) on every grid, streamed over samples: (K, C) in float64."""
-        total = torch.zeros(len(self), rows.shape[0], dtype=torch.float64, device=rows.device)
-        scales, zero_points = self.scales[:, :, None], self.zero_points[:, :, None]
-        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
-        for part in rows.split(self.chunk(rows), dim=1):
-            exact, error = (w[: len(self) * part.numel()].view(len(self), *part.shape) for w in work)
-            torch.div(part, scales, out=exact)  # (K, C, width), in steps
-            round_steps_(error.copy_(exact), zero_points, qmin, qmax, self.arithmetic).sub_(exact)
-            # sum() adds in cascades; a norm's running sum in float32 would be off by 1e-4 of millions of terms
-            total += error.square_().sum(dim=2).double() * self.scales.double().square()
-        return total
-
-    def workspace(self, rows: Tensor) -> Tensor:
-        """Room for :meth:`errors` of ``rows`` on any of these grids; new memory costs more than the arithmetic."""
-        return rows.new_empty(2, min(_CHUNK, len(self) * rows.numel()) + len(self) * rows.shape[0])
-
-    def best(self, rows: Tensor, jointly: bool) -> Tensor:
-        """The grid of least squared error of each channel, or of all ``jointly``; the first one on a tie.
-
-        Squared errors only grow as samples are added, so a candidate is dropped once it is past the error of a good
-        one over all samples; which one is good, a few samples tell. The result is that of scoring all of them.
-
-        Returns:
-            (C,) or (1,) indices.
-        """
-
-        work = self.workspace(rows)
-
-        def score(grids: _Grids, rows: Tensor) -> Tensor:
-            errors = grids.errors(rows, work)
-            return errors.sum(dim=1, keepdim=True) if jointly else errors
-
-        samples = rows.shape[1]
-        good = score(self, rows[:, :: max(1, samples // 4096)]).argmin(dim=0)
-        limit = torch.full_like(score(self[good[:1]], rows[:, :1])[0], torch.inf)
-        for candidate in good.unique():
-            limit = torch.minimum(limit, score(self[candidate[None]], rows)[0])
-        limit *= 1 + 1e-5  # sums in another order differ
-        total = torch.zeros(len(self), len(limit), dtype=torch.float64, device=rows.device)
-        alive, start = torch.arange(len(self), device=rows.device), 0
-        while start < samples:
-            grids = self[alive]
-            end = start + grids.chunk(rows)
-            total[alive] += score(grids, rows[:, start:end])
-            start = end
-            alive = alive[(total[alive] <= limit).any(dim=1)]
-        return alive[total[alive].argmin(dim=0)]  # argmin gives the first of equals
-
-
 @OBSERVERS.register_module(name=['omse', 'OmseObserver'])
 class OmseObserver(RangeObserver):
     """The min-max range, shrunk by the factor that gives the last batch the least squared error.
@@ -361,7 +289,7 @@ class OmseObserver(RangeObserver):
         grids = [self._candidate(lo * s, hi * s) for s in (1.0 - i * self.step for i in range(self.candidates))]
         scales = torch.stack([scale for scale, _ in grids]).reshape(self.candidates, -1)
         zero_points = torch.stack([zp for _, zp in grids]).reshape(self.candidates, -1)
-        candidates = _Grids(scales, zero_points, self.bit_type, self.arithmetic)
+        candidates = Grids(scales, zero_points, self.bit_type, self.arithmetic)
         rows = flatten_channels(x.detach().float(), self.axis)
         best = candidates.best(rows, jointly=self.arithmetic == 'reference').expand(scales.shape[1])[None]
         scale, zero_point = scales.gather(0, best)[0], zero_points.gather(0, best)[0]
@@ -403,7 +331,7 @@ class PtfObserver(RangeObserver):
         widest, zero_point = affine_qparams(lo.min(), hi.max(), qmin, qmax, self.arithmetic)
         base = widest / 2 ** (self.factors - 1)
         scales = torch.stack([base * 2**k for k in range(self.factors)])[:, None]  # (K, 1)
-        grids = _Grids(scales, zero_point.expand_as(scales), self.bit_type, self.arithmetic)
+        grids = Grids(scales, zero_point.expand_as(scales), self.bit_type, self.arithmetic)
         rows = flatten_channels(x.detach().float(), self.axis)
         errors = grids.errors(rows, grids.workspace(rows))
         return base * torch.exp2(errors.argmin(dim=0)), zero_point

@@ -20,6 +20,7 @@ ORDER = [
     'registry',
     'functional',
     'scheme',
+    'grids',
     'observers',
     'quantizers',
     'intmath',

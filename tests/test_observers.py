@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import tensor
 
-from fqvit_plugin import observers
+from fqvit_plugin import grids, observers
 from fqvit_plugin.functional import affine_qparams, fake_quantize
 from fqvit_plugin.observers import (
     EmaObserver,
@@ -255,7 +255,7 @@ def test_omse_has_ninety_candidates():
 def test_omse_in_chunks_is_the_same(monkeypatch):
     batches = stream(2)
     expected = observe(OmseObserver(UINT8, axis=-1), batches)
-    monkeypatch.setattr(observers, '_CHUNK', 13)
+    monkeypatch.setattr(grids, '_CHUNK', 13)
     for ours, theirs in zip(observe(OmseObserver(UINT8, axis=-1), batches), expected, strict=True):
         assert torch.equal(ours, theirs)
 
