@@ -102,9 +102,7 @@ def quantize(
 
     The reference rounds the sum ``x / scale + zero_point`` instead; the two differ at ties only.
     """
-    if arithmetic == 'strict':
-        return (x / scale).round_().add_(zero_point).clamp_(qmin, qmax)
-    return (x / scale).add_(zero_point).round_().clamp_(qmin, qmax)
+    return steps(x, scale, zero_point, qmin, qmax, arithmetic).add_(zero_point)
 
 
 def steps(

@@ -72,9 +72,7 @@ class Grids:
 
         samples = rows.shape[1]
         good = score(self, rows[:, :: max(1, samples // 4096)]).argmin(dim=0)
-        limit = torch.full_like(score(self[good[:1]], rows[:, :1])[0], torch.inf)
-        for candidate in good.unique():
-            limit = torch.minimum(limit, score(self[candidate[None]], rows)[0])
+        limit = torch.stack([score(self[candidate[None]], rows)[0] for candidate in good.unique()]).amin(dim=0)
         limit *= 1 + 1e-5  # sums in another order differ
         total = torch.zeros(len(self), len(limit), dtype=torch.float64, device=rows.device)
         alive, start = torch.arange(len(self), device=rows.device), 0

@@ -7,6 +7,7 @@ float layer's parameters, it never copies them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -97,6 +98,9 @@ class _QWeightLayer(QuantLayer):
         scale = align(self.weight_quantizer.scale, self.weight, self.weight_quantizer.spec.axis)
         return self.weight_steps.to(scale.dtype).mul_(scale)
 
+    def _precision(self, x: Tensor) -> AbstractContextManager:
+        return full_precision(x) if self.phase is Phase.QUANT else nullcontext()
+
     def weight_in_phase(self) -> Tensor:
         """The weight as this phase wants it; the one and only observation happens in the last calibration pass."""
         if self.phase is Phase.QUANT:
@@ -126,9 +130,7 @@ class QConv2d(_QWeightLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H', W')."""
-        if self.phase is not Phase.QUANT:
-            return self._conv_forward(x, self.weight_in_phase(), self.bias)
-        with full_precision(x):
+        with self._precision(x):
             return self._conv_forward(x, self.weight_in_phase(), self.bias)
 
 
@@ -149,9 +151,7 @@ class QLinear(_QWeightLayer, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C_in) to (…, C_out)."""
-        if self.phase is not Phase.QUANT:
-            return F.linear(x, self.weight_in_phase(), self.bias)
-        with full_precision(x):
+        with self._precision(x):
             return F.linear(x, self.weight_in_phase(), self.bias)
 
 
