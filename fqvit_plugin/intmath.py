@@ -179,16 +179,17 @@ def _log_int_softmax_rows_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     ln2 = torch.floor(-0.6931 / scale)
     x.clamp_min_(n * ln2)
     quotient = torch.div(x, ln2).floor_()
-    exp_int = quotient * ln2
-    x.sub_(exp_int)  # the rest
+    x.addcmul_(quotient, ln2, value=-1)  # the rest; the product is a whole number, so this rounds once, as published
     # x (x + b) + c; the leading 0.358 cancels
-    torch.add(x, torch.floor(b / scale), out=exp_int).mul_(x).add_(torch.floor(c / scale**2))
-    exp_int.mul_(quotient.neg_().add_(n).exp2_()).floor_().clamp_min_(0)
-    sum_ = exp_int.sum(dim=-1, keepdim=True)
+    exp_int = torch.add(x, torch.floor(b / scale)).mul_(x).add_(torch.floor(c / scale**2))
+    exp_int.mul_((n - quotient).exp2_()).floor_()
+    # Published with every term clamped at zero. Terms are negative only where c / scale**2 floors to 0, then all are.
+    sum_ = exp_int.sum(dim=-1, keepdim=True).clamp_min_(0)
     ratio = torch.div(sum_, exp_int, out=x).round_()
     # 2**-k made of bits. The exponent rounds up from a mantissa of 1.5 on: half a mantissa more, and it has carried
-    # over; 254 minus the biased exponent is that of the reciprocal.
-    ratio.view(torch.int32).add_(1 << 22).bitwise_and_(255 << 23).neg_().add_(254 << 23)
+    # over; without its mantissa the number is 2**k.
+    ratio.view(torch.int32).add_(1 << 22).bitwise_and_(255 << 23)
+    ratio.reciprocal_()
     last = min(2**bits - 1, 126)  # 2**-127 has no normal form
     return torch.threshold_(x, 2.0 ** -(last + 0.5), 0.0).mul_(sum_ / sum_)  # NaN where the sum vanished
 
