@@ -1,33 +1,26 @@
 """Surgery: swap the blocks of a float model for quantized twins that share its weights, and report it.
 
-To cover a new backbone, write its twins under ``blocks/`` and add one line to ``BACKBONES``.
+To cover a new backbone, write its twins and their ``FAMILY`` under ``blocks/`` and name it in ``FAMILIES``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmpretrain.models import DeiT3, DistilledVisionTransformer, SwinTransformer, VisionTransformer
 from torch import nn
 
+from .blocks import swin, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
-from .blocks.swin import check_swin, quantize_swin_
-from .blocks.vit import check_vit, quantize_vit_
+from .blocks.family import Family, class_path
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
 
 __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
 
-#: float backbone -> (refuse what is not covered, do the surgery)
-BACKBONES: dict[type[nn.Module], tuple[Callable[[Any], None], Callable[[Any, LayerFactory], None]]] = {
-    VisionTransformer: (check_vit, quantize_vit_),
-    DistilledVisionTransformer: (check_vit, quantize_vit_),
-    DeiT3: (check_vit, quantize_vit_),
-    SwinTransformer: (check_swin, quantize_swin_),
-}
+#: What can be quantized; the first that names the model's class treats it.
+FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY)
 
 #: Backbones that look alike and are not covered, with the reason.
 REFUSED = {
@@ -37,7 +30,12 @@ REFUSED = {
 
 def covered_backbones() -> list[str]:
     """Names of the backbones that can be quantized."""
-    return [cls.__name__ for cls in BACKBONES]
+    return [path.rpartition('.')[2] for family in FAMILIES for path in family.models]
+
+
+def _family_of(backbone: nn.Module) -> Family | None:
+    path = class_path(type(backbone))
+    return next((family for family in FAMILIES if path in family.models), None)
 
 
 def find_classifier(model: Any) -> Any:
@@ -57,12 +55,12 @@ def check_model(model: nn.Module) -> Any:
     if is_quantized(model):
         raise ValueError('the model is quantized already: build it anew to quantize it another way')
     backbone = getattr(model, 'backbone', model)
-    cover = BACKBONES.get(type(backbone))
-    if cover is None:
+    family = _family_of(backbone)
+    if family is None:
         name = type(backbone).__name__
         why = f': {REFUSED[name]}' if name in REFUSED else ''
         raise ValueError(f'backbone {name} is not covered{why}. Covered are {", ".join(covered_backbones())}')
-    cover[0](backbone)
+    family.check(backbone)
     return backbone
 
 
@@ -85,10 +83,12 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
     if not isinstance(scheme, QuantScheme):
         raise ValueError(f'scheme must come from get_scheme(...), got {scheme!r}')
     backbone = check_model(model)
+    family = _family_of(backbone)
+    assert family is not None
     classifier = find_classifier(model)
     float_bytes = count_bytes(classifier)
     make = LayerFactory(scheme, next(backbone.parameters()).device)
-    BACKBONES[type(backbone)][1](backbone, make)
+    family.quantize_(backbone, make)
     for module in backbone.modules():
         # NumPy's numbers, from linspace over the depth, would break torch.compile's graphs at every block.
         if hasattr(module, 'drop_prob'):

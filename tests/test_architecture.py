@@ -29,6 +29,7 @@ ORDER = [
     'lifecycle',
     'blocks',
     'blocks.common',
+    'blocks.family',
     'blocks.vit',
     'blocks.swin',
     'report',

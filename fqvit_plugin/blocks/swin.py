@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmpretrain.models import SwinTransformer
 from torch import Tensor, nn
 
 from ..layers import QAct
@@ -23,8 +24,9 @@ from .common import (
     linked,
     product,
 )
+from .family import Family, class_path
 
-__all__ = ['QPatchMerging', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
+__all__ = ['FAMILY', 'QPatchMerging', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
 
 
 class QWindowMSA(nn.Module):
@@ -178,3 +180,6 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
             norm = getattr(backbone, f'norm{s}')
             if not isinstance(norm, nn.Identity):  # norm_cfg=None: the feature leaves on the grid of `read`
                 setattr(backbone, f'norm{s}', QNormAct.wrap(norm, read, make))
+
+
+FAMILY = Family((class_path(SwinTransformer),), check_swin, quantize_swin_)

@@ -25,8 +25,10 @@ from .common import (
     linked,
     product,
 )
+from .family import Family, class_path
 
 __all__ = [
+    'FAMILY',
     'QDeiT3',
     'QDistilledVisionTransformer',
     'QEncoderBlock',
@@ -207,3 +209,6 @@ def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
     if norms_output or backbone.out_type == 'avg_featmap':
         backbone.output_act = make.act()
     backbone.__class__ = TWINS[type(backbone)]
+
+
+FAMILY = Family(tuple(map(class_path, TWINS)), check_vit, quantize_vit_)

@@ -1,0 +1,31 @@
+"""A family of float models and how surgery treats it: what every module with twins exports as ``FAMILY``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .common import LayerFactory
+
+__all__ = ['Family', 'class_path']
+
+
+def class_path(cls: type) -> str:
+    """``package.module.Class``; a family may name classes of packages that are not installed."""
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
+@dataclass(frozen=True)
+class Family:
+    """Float models that the same twins replace.
+
+    Args:
+        models: :func:`class_path` of each. Matched exactly: a subclass may compute something else.
+        check: raises ValueError naming the part that is not covered; changes nothing.
+        quantize_: puts the twins into a model that passed ``check``.
+    """
+
+    models: tuple[str, ...]
+    check: Callable[[Any], None]
+    quantize_: Callable[[Any, LayerFactory], None]
