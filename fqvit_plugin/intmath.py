@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    'LayerNormConstants',
     'int_layernorm',
     'int_layernorm_reference',
+    'layernorm_constants',
     'log_int_softmax_',
+    'log_int_softmax_codes',
     'log_int_softmax_reference_',
     'log_int_softmax_shift',
 ]
@@ -108,33 +112,59 @@ def int_layernorm(
 
     Source: FQ-ViT, section 4.1; I-BERT's integer root. Deviations: docs/numerics.md.
     """
-    return _by_slices(lambda rows: _layernorm(rows, in_scale, in_range, out_scale, weight, bias, eps), x)
+    constants = layernorm_constants(x.shape[-1], in_scale, in_range, out_scale, weight, bias, eps)
+    return _by_slices(lambda rows: _layernorm(rows, constants), x)
 
 
-def _layernorm(
-    x: Tensor, in_scale: Tensor, in_range: int, out_scale: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> Tensor:
-    channels = x.shape[-1]
+class LayerNormConstants(NamedTuple):
+    """What :func:`int_layernorm` computes once for each layer; integers in float64 but for the first and the last.
+
+    Args:
+        finest: (), the smallest scale of the channels.
+        guard: (), epsilon in units of ``(finest / C)**2``.
+        root_bits: (), fractional bits of the root.
+        gain, offset, shift: (C,), ``M``, ``B`` and ``N``.
+        dtype: of the result.
+    """
+
+    finest: Tensor
+    guard: Tensor
+    root_bits: Tensor
+    gain: Tensor
+    offset: Tensor
+    shift: Tensor
+    dtype: torch.dtype
+
+
+def layernorm_constants(
+    channels: int, in_scale: Tensor, in_range: int, out_scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> LayerNormConstants:
+    """The constants of a layer; arguments as :func:`int_layernorm`'s."""
     finest = in_scale.min()
-    u = torch.div(x, finest).round_()  # |u| <= in_range < 2**12 for 8 bits with factors up to 8
-    sum_ = u.sum(dim=-1, keepdim=True)  # < 2**24 in float32, as are the squares
-    square_sum = (u * u).sum(dim=-1, keepdim=True, dtype=torch.float64)
-    variance = channels * square_sum - sum_.double().square()  # < (C in_range / 2)**2
     guard = torch.round(eps * (channels / finest.double()) ** 2).clamp_max(2.0**50)
     # Fractional bits of the root, a constant of the layer: as many as keep its radicand within 2**52, where float64
     # roots floor exactly. The guard counts: it outweighs the variance where activations are small. Negative above
     # 12-bit inputs.
     root_bits = 26 - torch.ceil(torch.log2((channels * in_range / 2) ** 2 + guard) / 2)
-    radicand = torch.floor((variance + guard) * torch.exp2(2 * root_bits)).clamp_max(2.0**52)
+    affine = _dyadic_affine(weight.double() / out_scale, bias.double() / out_scale)
+    return LayerNormConstants(finest, guard, root_bits, *affine, out_scale.dtype)
+
+
+def _layernorm(x: Tensor, layer: LayerNormConstants) -> Tensor:
+    channels = x.shape[-1]
+    u = torch.div(x, layer.finest).round_()  # |u| <= in_range < 2**12 for 8 bits with factors up to 8
+    sum_ = u.sum(dim=-1, keepdim=True)  # < 2**24 in float32, as are the squares
+    square_sum = (u * u).sum(dim=-1, keepdim=True, dtype=torch.float64)
+    variance = channels * square_sum - sum_.double().square()  # < (C in_range / 2)**2
+    radicand = torch.floor((variance + layer.guard) * torch.exp2(2 * layer.root_bits)).clamp_max(2.0**52)
     root = radicand.sqrt().floor().clamp_min(1)
-    reciprocal = torch.floor(torch.exp2(45 + root_bits) / root)
+    reciprocal = torch.floor(torch.exp2(45 + layer.root_bits) / root)
     # |C u - S| < 2**24; times the reciprocal it is |x_hat| 2**45 <= sqrt(C) 2**45 < 2**51
     x_hat = u.mul_(channels).sub_(sum_).double().mul_(reciprocal * 2.0 ** (_XHAT_BITS - 45)).add_(0.5).floor_()
-    gain, offset, shift = _dyadic_affine(weight.double() / out_scale, bias.double() / out_scale)
     # |x_hat gain| < 2**(6 + 16 + 24); floor(v + 1/2) rounds halves up, an add and a shift in integers. Powers of two
     # go into the constants beforehand, which changes no bit.
-    shrink = torch.exp2(-shift)
-    return x_hat.mul_(gain * shrink).add_(offset * shrink + 0.5).floor_().to(out_scale.dtype)
+    shrink = torch.exp2(-layer.shift)
+    return x_hat.mul_(layer.gain * shrink).add_(layer.offset * shrink + 0.5).floor_().to(layer.dtype)
 
 
 def _dyadic_affine(gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -208,6 +238,15 @@ def log_int_softmax_shift(scale: Tensor) -> Tensor:
     return ((octaves + (1 << 7)) & -(1 << 8)).view(torch.float32)
 
 
+def log_int_softmax_codes(distance: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, int]:
+    """Codes of logits ``distance`` steps below their row's maximum, and the first code that stands for zero."""
+    return torch.round(distance * log_int_softmax_shift(scale)), _first_zero(bits)
+
+
+def _first_zero(bits: int) -> int:
+    return min(2**bits - 1, _DEPTH)
+
+
 def log_int_softmax_(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
     """Log-Int-Softmax with rows that sum to 1: ``2**-k / sum(2**-k)``, in place.
 
@@ -232,5 +271,5 @@ def log_int_softmax_(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | Non
         steps.add_(torch.where(mask < 0, -torch.inf, 0.0))
     steps.sub_(steps.amax(dim=-1, keepdim=True))
     powers = steps.mul_(log_int_softmax_shift(scale)).round_().exp2_()
-    torch.threshold_(powers, 2.0 ** -min(2**bits - 1, _DEPTH), 0.0)
+    torch.threshold_(powers, 2.0 ** -_first_zero(bits), 0.0)
     return powers.div_(powers.sum(dim=-1, keepdim=True))

@@ -1,0 +1,1 @@
+"""The integer execution of a quantized model: integer dtypes from the quantized image to the logits' codes."""

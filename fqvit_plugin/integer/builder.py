@@ -1,0 +1,297 @@
+"""Writes integer programs: turns the scales of quantizers into gains, shifts, offsets and tables.
+
+All real arithmetic of the conversion happens here, in float64, once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..intmath import layernorm_constants, log_int_softmax_codes
+from ..layers import QAct, QIntLayerNorm
+from ..quantizers import UniformQuantizer
+from .program import Grid, Op, Program
+
+__all__ = ['Builder', 'Codes', 'Sums']
+
+#: PTF's largest factor.
+PTF_LARGEST = 8
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A tensor of stored codes: ``x = (stored - zero) * scale``, both () or (C,) in float64 and int64."""
+
+    name: str
+    scale: Tensor
+    zero: Tensor
+    bits: int
+
+    @property
+    def single(self) -> tuple[float, int]:
+        """Scale and zero point of a tensor that has one."""
+        if self.scale.ndim or self.zero.ndim:
+            raise ValueError(f'{self.name} has a scale for each channel where the integer model needs a single one')
+        return float(self.scale), int(self.zero)
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A tensor of accumulators: ``x = sums * unit``, with unit () or (C,) in float64."""
+
+    name: str
+    unit: Tensor
+
+
+def grid_of(act: QAct, name: str) -> Codes:
+    """The grid of a quantizer that is in force.
+
+    Raises:
+        ValueError: a quantizer of another kind than uniform, or of more than 8 bits.
+    """
+    quantizer = act.quantizer
+    if not isinstance(quantizer, UniformQuantizer):
+        raise ValueError(f'{name}: the integer model knows uniform quantizers, not {type(quantizer).__name__}')
+    bit_type = quantizer.spec.bit_type
+    if bit_type.bits > 8:
+        raise ValueError(f'{name} has {bit_type.bits} bits; the integer model computes with at most 8')
+    middle = bit_type.qmin + 2 ** (bit_type.bits - 1)
+    return Codes(name, quantizer.scale.double().cpu(), quantizer.zero_point.long().cpu() - middle, bit_type.bits)
+
+
+def _fine_grid(low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Scale and stored zero of a 16-bit grid over ``[low, high]``, which it widens to hold 0."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = (high - low) / (2**16 - 1)
+    return torch.tensor(scale, dtype=torch.float64), torch.tensor(round(-(2**15) - low / scale))
+
+
+def exponent_for(ratio: Tensor, gain_bits: int) -> int:
+    """The shift that gives the largest ratio a gain of ``gain_bits`` bits; 1 to 46."""
+    largest = float(ratio.abs().max())
+    shift = gain_bits - math.frexp(largest)[1] if largest > 0 else gain_bits
+    if shift < 1:
+        raise ValueError(f'a factor of {largest:.3g} between two grids does not fit {gain_bits} bits')
+    return min(shift, 46)
+
+
+class Builder:
+    """Collects operations and constants.
+
+    Args:
+        model: whose module paths name the tensors.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._ops: list[Op] = []
+        self._constants: dict[str, Tensor] = {}
+        self._grids: dict[str, Grid] = {}
+
+    def path(self, module: Any) -> str:
+        """The name of ``module`` in the model."""
+        return self._paths[id(module)]
+
+    def program(self, output: Codes, image_size: tuple[int, int]) -> Program:
+        """What was written."""
+        return Program(tuple(self._ops), self._constants, output.name, self._grids, image_size)
+
+    def emit(
+        self, kind: str, inputs: Sequence[str], output: str, constants: dict[str, Tensor] | None = None, **settings: Any
+    ) -> str:
+        """Add an operation; gives the name of its result."""
+        if any(op.output == output for op in self._ops):
+            raise ValueError(f'{output} is computed twice; the integer model needs a module for each call')
+        names = {}
+        for argument, value in (constants or {}).items():
+            names[argument] = f'{output}:{argument}'
+            self._constants[names[argument]] = value.cpu().contiguous()
+        self._ops.append(Op(kind, tuple(inputs), output, names, settings))
+        return output
+
+    def _codes(self, codes: Codes) -> Codes:
+        scale, zero = codes.scale.reshape(-1).tolist(), codes.zero.reshape(-1).tolist()
+        self._grids[codes.name] = Grid(tuple(scale), tuple(zero), codes.bits)
+        return codes
+
+    def same_grid(self, name: str, codes: Codes) -> Codes:
+        """``codes`` under another name: after a change of layout."""
+        return self._codes(Codes(name, codes.scale, codes.zero, codes.bits))
+
+    def grid(self, act: QAct) -> Codes:
+        """The grid of ``act``, under its own name."""
+        return grid_of(act, self.path(act))
+
+    def merged(self, name: str, codes: Codes, repeat: int) -> Codes:
+        """``codes`` after ``repeat`` positions were put side by side, channel by channel."""
+        scale, zero = (t.repeat_interleave(repeat) if t.ndim else t for t in (codes.scale, codes.zero))
+        return self._codes(Codes(name, scale, zero, codes.bits))
+
+    def layout(self, kind: str, codes: Codes, name: str, **settings: Any) -> Codes:
+        """A change of layout, which leaves the codes as they are."""
+        return self.same_grid(self.emit(kind, [codes.name], name, **settings), codes)
+
+    # ---------------------------------------------------------------- arithmetic
+
+    def quantize(self, act: QAct) -> Codes:
+        """The image on the grid of ``act``."""
+        grid = self.grid(act)
+        _, zero = grid.single
+        self.emit(
+            'quantize', ['image'], grid.name, {'scale': act.scale.detach().clone()}, zero=zero, bits=grid.bits
+        )
+        return self._codes(grid)
+
+    def linear(self, x: Codes, layer: Any, act: QAct, factor: Tensor | None = None) -> Codes:
+        """A linear layer and its output's quantizer; ``factor`` (layer scale) multiplies the output."""
+        sums, bias = self.linear_sums(x, layer)
+        factor = torch.ones((), dtype=torch.float64) if factor is None else factor.detach().double().cpu()
+        return self.affine(sums, self.grid(act), factor, bias * factor)
+
+    def linear_sums(self, x: Codes, layer: Any) -> tuple[Sums, Tensor]:
+        """The accumulators of a linear layer or of a convolution on patches, and its bias in float64."""
+        scale, zero = x.single
+        quantizer = layer.weight_quantizer
+        if quantizer.spec.bit_type.bits > 8 or int(quantizer.zero_point.abs().max()):
+            raise ValueError(f'{self.path(layer)}: the integer model takes symmetric weights of at most 8 bits')
+        with torch.no_grad():
+            weight = quantizer.steps(layer.weight).flatten(1).to(torch.int8)
+        name = self.emit('linear', [x.name], f'{self.path(layer)}.sums', {'weight': weight}, zero=zero)
+        unit = quantizer.scale.double().cpu() * scale
+        bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
+        return Sums(name, unit), bias.cpu()
+
+    def affine(self, x: Sums | Codes, out: Codes, factor: Tensor | float = 1.0, term: Tensor | float = 0.0) -> Codes:
+        """``x * factor + term`` on the grid of ``out``, whose name the result bears."""
+        term = torch.as_tensor(term, dtype=torch.float64)
+        if isinstance(x, Codes):
+            ratio = x.scale * factor / out.scale
+            term = term - x.zero * x.scale * factor
+        else:
+            ratio = x.unit * factor / out.scale
+        shift = exponent_for(ratio, 30)
+        gain = torch.round(ratio * 2.0**shift).to(torch.int32)
+        offset = term / out.scale * 2.0**shift
+        offset_shift = max(0, math.frexp(float(offset.abs().max()))[1] - 30)
+        constants = {
+            'gain': gain,
+            'offset': torch.round(offset / 2.0**offset_shift).to(torch.int32),
+            'zero': out.zero.to(torch.int32),
+        }
+        settings = dict(shift=shift, offset_shift=offset_shift, bits=out.bits)
+        self.emit('affine', [x.name], out.name, constants, **settings)
+        return self._codes(out)
+
+    def add(self, a: Codes, b: Codes, act: QAct) -> Codes:
+        """A residual sum on the grid of ``act``."""
+        out = self.grid(act)
+        ratio_a, ratio_b = a.scale / out.scale, b.scale / out.scale
+        shift = min(exponent_for(ratio_a, 30), exponent_for(ratio_b, 30))
+        constants = {
+            'gain_a': torch.round(ratio_a * 2.0**shift).to(torch.int32),
+            'gain_b': torch.round(ratio_b * 2.0**shift).to(torch.int32),
+            'zero_a': a.zero.to(torch.int32),
+            'zero_b': b.zero.to(torch.int32),
+            'zero': out.zero.to(torch.int32),
+        }
+        self.emit('add', [a.name, b.name], out.name, constants, shift=shift, bits=out.bits)
+        return self._codes(out)
+
+    def lookup(self, x: Codes, function: Callable[[Tensor], Tensor], act: QAct, name: str | None = None) -> Codes:
+        """Any function of one code, on the grid of ``act``: a table of ``2**bits`` entries."""
+        scale, zero = x.single
+        stored = torch.arange(-(2 ** (x.bits - 1)), 2 ** (x.bits - 1), dtype=torch.float64)
+        out = grid_of(act, name or self.path(act))
+        table = self.codes_of(function((stored - zero) * scale), act)
+        self.emit('lookup', [x.name], out.name, {'table': table})
+        return self._codes(out)
+
+    def function(self, x: Sums, term: Tensor, function: Callable[[Tensor], Tensor], act: QAct) -> Codes:
+        """``function(x + term)`` on the grid of ``act``, through a 16-bit grid that is fine where the code changes."""
+        low, high = self._active_range(function, act)
+        fine = Codes(f'{self.path(act)}.input', *_fine_grid(low, high), 16)
+        return self.lookup(self.affine(x, fine, term=term), function, act)
+
+    def _active_range(self, function: Callable[[Tensor], Tensor], act: QAct) -> tuple[float, float]:
+        """Outside of it the code of ``function(x)`` is constant."""
+        out = self.grid(act)
+        reach = 16 + 2.0**out.bits * float(out.scale.max()) * 2
+        x = torch.linspace(-reach, reach, 2**20 + 1, dtype=torch.float64)
+        changes = self.codes_of(function(x), act).diff().nonzero().flatten()
+        if not len(changes):
+            return -1.0, 1.0
+        return float(x[changes[0]]), float(x[changes[-1] + 1])
+
+    def constant(self, x: Tensor, act: QAct, name: str) -> Codes:
+        """Real values that never change, on the grid of ``act``."""
+        self.emit('constant', [], name, {'value': self.codes_of(x, act)})
+        return self._codes(grid_of(act, name))
+
+    def codes_of(self, x: Tensor, act: QAct) -> Tensor:
+        """Stored codes of real values: constants and tables."""
+        out = self.grid(act)
+        limit = 2 ** (out.bits - 1)
+        steps = torch.round(x.detach().double().cpu() / out.scale) + out.zero
+        return steps.clamp(-limit, limit - 1).to(torch.int8)
+
+    def mean(self, x: Codes, dims: list[int], count: int, act: QAct) -> Codes:
+        """The mean over ``dims``, which hold ``count`` positions, on the grid of ``act``."""
+        scale, zero = x.single
+        name = self.emit('mean_sums', [x.name], f'{self.path(act)}.sums', zero=zero, dims=dims)
+        return self.affine(Sums(name, torch.tensor(scale / count, dtype=torch.float64)), self.grid(act))
+
+    def matmul(self, a: Codes, b: Codes, name: str) -> Sums:
+        """The product of two activations."""
+        (scale_a, zero_a), (scale_b, zero_b) = a.single, b.single
+        self.emit('matmul', [a.name, b.name], name, zero_a=zero_a, zero_b=zero_b)
+        return Sums(name, torch.tensor(scale_a * scale_b, dtype=torch.float64))
+
+    def attend(
+        self, logits: Codes, value: Codes, act: QAct, bits: int, name: str, mask: Tensor | None = None
+    ) -> Codes:
+        """Log-Int-Softmax of ``logits``, with codes of ``bits`` bits, times ``value``, on the grid of ``act``."""
+        scale, zero = value.single
+        out = grid_of(act, name)
+        out_scale, out_zero = out.single
+        distance = torch.arange(2**logits.bits, dtype=torch.float32)
+        codes, last = log_int_softmax_codes(distance, logits.scale.float(), bits)
+        exponents = torch.where(codes < last, last - 1 - codes, -1.0).to(torch.int8)
+        shift = exponent_for(torch.tensor(scale / out_scale), 24)
+        constants = {'exponents': exponents}
+        if mask is not None:
+            constants['mask'] = mask < 0
+        gain = round(scale / out_scale * 2**shift)
+        settings = dict(zero=zero, gain=gain, shift=shift, out_zero=out_zero, bits=out.bits)
+        self.emit('attend', [logits.name, value.name], out.name, constants, **settings)
+        return self._codes(out)
+
+    def layernorm(self, x: Codes, norm: QIntLayerNorm, act: QAct) -> Codes:
+        """The integer LayerNorm of ``x``, on the grid of ``act``."""
+        out = self.grid(act)
+        channels = norm.normalized_shape[0]
+        weight = torch.ones(channels) if norm.weight is None else norm.weight.detach().cpu()
+        bias = torch.zeros(channels) if norm.bias is None else norm.bias.detach().cpu()
+        # the same float32 scales and the same function as the simulation, hence the same integers
+        in_range = (2**x.bits - 1) * (1 if x.scale.ndim == 0 else PTF_LARGEST)
+        layer = layernorm_constants(
+            channels, x.scale.float(), in_range, out.scale.float(), weight.float(), bias.float(), norm.eps
+        )
+        ratios = torch.log2(x.scale / x.scale.min())
+        constants = {
+            'zero': x.zero.to(torch.int32),
+            'factors': ratios.expand(channels).to(torch.uint8),
+            'gain': layer.gain.to(torch.int32),
+            'offset': layer.offset.to(torch.int64),
+            'shifts': layer.shift.to(torch.uint8),
+            'out_zero': out.zero.to(torch.int32),
+        }
+        settings = dict(guard=int(layer.guard), root_bits=int(layer.root_bits), bits=out.bits)
+        self.emit('layernorm', [x.name], out.name, constants, **settings)
+        return self._codes(out)
+

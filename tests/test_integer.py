@@ -1,0 +1,277 @@
+"""The integer execution. Oracles: Python's integers and fractions, the simulated model, and the tensors' dtypes."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fqvit_plugin.integer.checkpoint import load_integer, save_integer
+from fqvit_plugin.integer.convert import to_integer
+from fqvit_plugin.integer.kernels import KERNELS, int8_matmul, integer_sqrt
+from fqvit_plugin.intmath import int_layernorm, layernorm_constants
+from fqvit_plugin.layers import QAct
+from fqvit_plugin.lifecycle import calibrate_, dequant, quant
+from fqvit_plugin.scheme import get_scheme
+from fqvit_plugin.surgery import quantize_model_
+
+from . import models
+
+
+def codes(*shape, seed=0):
+    return torch.randint(-128, 128, shape, dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
+
+
+def rounded(value: Fraction) -> int:
+    """Halves up, as an added half and a shift round."""
+    return math.floor(value + Fraction(1, 2))
+
+
+def stored(value: int, bits: int = 8) -> int:
+    return max(-(2 ** (bits - 1)), min(2 ** (bits - 1) - 1, value))
+
+
+def int32(*values):
+    return torch.tensor(values if len(values) > 1 else values[0], dtype=torch.int32)
+
+
+# ---------------------------------------------------------------- kernels, against Python's integers
+
+
+def test_int8_matmul_of_matrices_and_of_batches():
+    a, b = codes(2, 3, 5, 7), codes(2, 3, 7, 4, seed=1)
+    assert torch.equal(int8_matmul(a, b), (a.long() @ b.long()).int())
+    assert torch.equal(int8_matmul(a, b[0, 0]), (a.long() @ b[0, 0].long()).int())
+
+
+def test_linear_and_matmul_take_zero_points_off():
+    x, weight = codes(3, 5, 16), codes(8, 16, seed=1)
+    assert torch.equal(KERNELS['linear'](x, weight=weight, zero=-7).long(), (x.long() + 7) @ weight.long().t())
+    b = codes(3, 16, 6, seed=2)
+    assert torch.equal(KERNELS['matmul'](x, b, zero_a=3, zero_b=-128).long(), (x.long() - 3) @ (b.long() + 128))
+
+
+@pytest.mark.parametrize('bits', [4, 8, 16])
+def test_affine_rounds_halves_up_and_saturates(bits):
+    x = torch.randint(-(2**20), 2**20, (5, 3), dtype=torch.int32)
+    gain, offset, zero = int32(2**30, 12345, -777), int32(5, -6, 7), int32(-3)
+    y = KERNELS['affine'](x, gain=gain, offset=offset, shift=31, offset_shift=20, zero=zero, bits=bits)
+    for row, out in zip(x.tolist(), y.tolist(), strict=True):
+        for c, value in enumerate(row):
+            exact = Fraction(value * int(gain[c]) + int(offset[c]) * 2**20, 2**31)
+            assert out[c] == stored(rounded(exact) - 3, bits)
+    assert y.dtype is (torch.int16 if bits == 16 else torch.int8)
+
+
+def test_add_of_two_grids():
+    a, b = codes(4, 3), codes(4, 3, seed=1)
+    y = KERNELS['add'](
+        a, b, gain_a=int32(2**29), gain_b=int32(1, 2**20, 2**29 + 7), zero_a=int32(5), zero_b=int32(-9), shift=30,
+        zero=int32(4), bits=8,
+    )  # fmt: skip
+    for i in range(4):
+        for c, gain in enumerate((1, 2**20, 2**29 + 7)):
+            exact = Fraction((int(a[i, c]) - 5) * 2**29 + (int(b[i, c]) + 9) * gain, 2**30)
+            assert int(y[i, c]) == stored(rounded(exact) + 4)
+
+
+def test_lookup_is_a_table_over_stored_codes():
+    table = torch.arange(256).flip(0).sub(128).to(torch.int8)
+    assert torch.equal(KERNELS['lookup'](codes(100), table=table).int(), -1 - codes(100).int())
+
+
+def test_integer_sqrt_is_the_floor_of_the_root():
+    near = [k * k + d for k in (1, 2, 3, 1000, 2**20 - 1, 2**25, 2**26 - 1) for d in (-1, 0, 1)]
+    values = [0, 1, 2, 3, 8, 2**31, 2**52 - 1, 2**52, *near]
+    values += torch.randint(0, 2**52, (2000,), generator=torch.Generator().manual_seed(0)).tolist()
+    assert integer_sqrt(torch.tensor(values)).tolist() == [math.isqrt(v) for v in values]
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_attend_divides_once(masked):
+    logits, value = codes(2, 2, 5, 5), codes(2, 2, 5, 3, seed=1)
+    exponents = torch.tensor([max(-1, 14 - d // 4) for d in range(256)], dtype=torch.int8)
+    mask = torch.eye(5, dtype=torch.bool).roll(1, 0)[None].repeat(2, 1, 1) if masked else None
+    y = KERNELS['attend'](
+        logits, value, exponents=exponents, mask=mask, zero=-3, gain=11_000_000, shift=22, out_zero=6, bits=8
+    )
+    for w in range(2):
+        for h in range(2):
+            for n in range(5):
+                allowed = [t for t in range(5) if mask is None or not mask[w, n, t]]
+                top = max(int(logits[w, h, n, t]) for t in allowed)
+                powers = {t: int(exponents[top - int(logits[w, h, n, t])]) for t in allowed}
+                powers = {t: 2**e if e >= 0 else 0 for t, e in powers.items()}
+                for d in range(3):
+                    total = sum(p * (int(value[w, h, t, d]) + 3) for t, p in powers.items())
+                    exact = Fraction(total * 11_000_000, sum(powers.values()) * 2**22)
+                    assert int(y[w, h, n, d]) == stored(rounded(exact) + 6)
+
+
+def test_layernorm_is_the_simulation_bit_by_bit():
+    channels = 40
+    generator = torch.Generator().manual_seed(0)
+    x_q = codes(50, channels)
+    factors = torch.randint(0, 4, (channels,), generator=generator)
+    scale = 0.013 * 2.0**factors
+    weight, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator)
+    out_scale, zero = torch.tensor(0.031), 17
+    expected = int_layernorm((x_q.float() - zero) * scale, scale, 255 * 8, out_scale, weight, bias, 1e-6)
+    layer = layernorm_constants(channels, scale, 255 * 8, out_scale, weight, bias, 1e-6)
+    y = KERNELS['layernorm'](
+        x_q, zero=int32(zero), factors=factors.to(torch.uint8), gain=layer.gain.int(), offset=layer.offset.long(),
+        shifts=layer.shift.to(torch.uint8), guard=int(layer.guard), root_bits=int(layer.root_bits),
+        out_zero=int32(-5), bits=8,
+    )  # fmt: skip
+    assert torch.equal(y.float(), (expected - 5).clamp(-128, 127))
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def calibrated(model, x, name='fqvit_w8a8_attn4', **options):
+    quantize_model_(model, get_scheme(name, **options))
+    calibrate_(model, [x, x])
+    quant(model)
+    return model
+
+
+MODELS = {
+    'vit': (lambda: models.vit(), 32),
+    'vit, mean of the patches': (lambda: models.vit(out_type='avg_featmap'), 32),
+    'vit, pre_logits': (lambda: models.vit(head=dict(hidden_dim=20)), 32),
+    'deit3': (lambda: models.vit('DeiT3'), 32),
+    'swin': (lambda: models.swin(), 56),
+    'swin, padded windows': (lambda: models.swin(img_size=60), 60),
+}
+
+
+@pytest.fixture(scope='module', params=MODELS)
+def pair(request):
+    """A simulated model, its integer twin, and images."""
+    build, size = MODELS[request.param]
+    x = models.images(4, size)
+    model = calibrated(build(), x)
+    return model, to_integer(model, (size, size)), x
+
+
+class FloatsSeen(TorchDispatchMode):
+    """Collects the operations that put out floats."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        results = result if isinstance(result, (tuple, list)) else [result]
+        self.names += [str(function) for r in results if isinstance(r, torch.Tensor) and r.is_floating_point()]
+        return result
+
+
+def test_every_tensor_between_image_and_logits_is_an_integer(pair):
+    _, integer, x = pair
+    steps = integer.steps(x)
+    op, image = next(steps)
+    assert op.kind == 'quantize'
+    assert image.dtype is torch.int8
+    with FloatsSeen() as seen:
+        for _, tensor in steps:
+            assert not tensor.is_floating_point()
+    assert seen.names == []
+
+
+def test_codes_are_those_of_the_simulation(pair):
+    model, integer, x = pair
+    grids, simulated = integer.program.grids, {}
+    for path, module in model.named_modules():
+        if isinstance(module, QAct) and path in grids:
+            module.register_forward_hook(lambda m, i, out, path=path: simulated.setdefault(path, out.clone()))
+    with torch.no_grad():
+        logits = model(x)
+    compared = 0
+    for op, tensor in integer.steps(x):
+        if op.output not in simulated:
+            continue
+        grid = grids[op.output]
+        expected = simulated[op.output] / torch.tensor(grid.scale) + torch.tensor(grid.zero)
+        assert torch.equal(expected.round().flatten(), tensor.float().flatten()), op.output
+        compared += 1
+    assert compared > 15
+    assert torch.allclose(integer(x), logits, rtol=1e-5, atol=0)
+
+
+def test_another_image_size_is_refused(pair):
+    _, integer, x = pair
+    with pytest.raises(ValueError, match='takes images of'):
+        integer(x[..., :-1])
+
+
+def test_checkpoint_reloads_to_the_same_logits(pair, tmp_path):
+    _, integer, x = pair
+    size = save_integer(integer, tmp_path / 'model.safetensors', {'classes': 'a,b'})
+    assert size == (tmp_path / 'model.safetensors').stat().st_size
+    assert [p.name for p in tmp_path.iterdir()] == ['model.safetensors']  # no draft left
+    loaded = load_integer(tmp_path / 'model.safetensors')
+    assert torch.equal(loaded(x), integer(x))
+    assert loaded.program.grids.keys() == integer.program.grids.keys()
+
+
+def test_four_bit_weights_are_packed_two_a_byte(tmp_path):
+    x = models.images(4)
+    model = calibrated(models.vit(), x, weight_bits=4)
+    integer = to_integer(model)
+    packed = save_integer(integer, tmp_path / 'w4.safetensors')
+    whole = save_integer(to_integer(calibrated(models.vit(), x)), tmp_path / 'w8.safetensors')
+    weights = sum(m.weight.numel() for m in model.modules() if hasattr(m, 'weight_quantizer'))
+    assert whole - packed == pytest.approx(weights / 2, rel=0.05)
+    assert torch.equal(load_integer(tmp_path / 'w4.safetensors')(x), integer(x))
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(preset='reference'), 'preset strict'),
+        (dict(lis=False), 'lis=True'),
+        (dict(input_quant=False), 'input_quant=True'),
+        (dict(act_bits=10), 'at most 8'),
+        (dict(weight_bits=9), 'at most 8 bits'),
+    ],
+)
+def test_what_has_no_integer_form_is_named(options, message):
+    x = models.images(2)
+    with pytest.raises(ValueError, match=message):
+        to_integer(calibrated(models.vit(), x, **options))
+
+
+def test_a_model_that_is_not_quantized_is_refused():
+    model = calibrated(models.vit(), models.images(2))
+    dequant(model)
+    with pytest.raises(ValueError, match='call quant'):
+        to_integer(model)
+
+
+def test_several_outputs_are_refused():
+    with pytest.raises(ValueError, match='out_indices'):
+        to_integer(calibrated(models.vit(out_indices=[0, 1]), models.images(2)))
+
+
+def test_files_that_are_no_integer_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match='there is no'):
+        load_integer(tmp_path / 'none.safetensors')
+    (tmp_path / 'text').write_text('nothing')
+    with pytest.raises(ValueError, match='not a safetensors file'):
+        load_integer(tmp_path / 'text')
+    save_file({'a': torch.zeros(1)}, tmp_path / 'other')
+    with pytest.raises(ValueError, match='no integer checkpoint'):
+        load_integer(tmp_path / 'other')
+    save_file({'a': torch.zeros(1)}, tmp_path / 'newer', {'format': 'fqvit_plugin.integer', 'version': '99'})
+    with pytest.raises(ValueError, match='update it'):
+        load_integer(tmp_path / 'newer')
