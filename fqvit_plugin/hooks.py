@@ -22,6 +22,7 @@ from .checkpoint import (
     load_calibrated_,
     save_calibrated,
     take_calibrated,
+    unwrap_,
 )
 from .lifecycle import quant
 from .registry import HOOKS
@@ -100,6 +101,7 @@ class QuantHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the scales out of a calibrated checkpoint before the weights enter the float model."""
         assert self.scheme is not None
+        unwrap_(checkpoint)
         self._stored = take_calibrated(checkpoint, self.scheme)
         if not isinstance(runner._train_loop, BaseLoop):  # fine-tuning may start from another head
             check_weights(runner.model, checkpoint.get('state_dict', checkpoint))

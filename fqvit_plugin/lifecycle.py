@@ -160,6 +160,10 @@ def _calibration(model: nn.Module) -> Iterator[None]:
         raise
 
 
+def _forward(model: nn.Module, batch: Any) -> Any:
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+
+
 @torch.no_grad()
 def calibrate_(
     model: nn.Module,
@@ -173,7 +177,8 @@ def calibrate_(
     Args:
         model: with Q layers, in phase float; is put in eval mode and stays there.
         batches: any iterable; it is streamed, one batch ahead.
-        forward: runs one batch, ``model(batch)`` by default.
+        forward: runs one batch; by default the model sees the batch, or its images where it is (images, labels), as
+            data loaders of torchvision and timm give it.
         sync: exchanges measurements between processes; ``batches`` are then those of
             :func:`~fqvit_plugin.distributed.deal`.
 
@@ -183,7 +188,7 @@ def calibrate_(
     Raises:
         ValueError: there is no batch, or a tensor held NaN or infinity (the layer is named).
     """
-    run = forward or (lambda m, batch: m(batch))
+    run = forward or _forward
     iterator = iter(batches)
     try:
         ahead = next(iterator)

@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
-from .blocks import swin, vit
+from .blocks import swin, timm_swin, timm_vit, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
 from .blocks.family import Family, class_path
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
@@ -20,17 +20,26 @@ from .scheme import QuantScheme
 __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
 
 #: What can be quantized; the first that names the model's class treats it.
-FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY)
+FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY, timm_vit.FAMILY, timm_swin.FAMILY)
 
 #: Backbones that look alike and are not covered, with the reason.
 REFUSED = {
     'SwinTransformerV2': 'its cosine attention divides by vector norms, for which FQ-ViT has no integer form',
+    'Beit': 'its attention adds the bias outside the linear layer and a table of its own: no twin is written yet',
+    'Eva': 'rotary positions turn queries and keys in float, off their grid, and SwiGLU multiplies two activations',
+}
+
+#: Wrappers of MMPretrain -> where they keep the model that timm built.
+_TIMM_WRAPPERS = {
+    'mmpretrain.models.classifiers.timm.TimmClassifier': 'model',
+    'mmpretrain.models.backbones.timm_backbone.TIMMBackbone': 'timm_model',
 }
 
 
 def covered_backbones() -> list[str]:
-    """Names of the backbones that can be quantized."""
-    return [path.rpartition('.')[2] for family in FAMILIES for path in family.models]
+    """Names of the backbones that can be quantized, timm's with ``timm.`` in front."""
+    paths = [path for family in FAMILIES for path in family.models]
+    return [('timm.' if path.startswith('timm.') else '') + path.rpartition('.')[2] for path in paths]
 
 
 def _family_of(backbone: nn.Module) -> Family | None:
@@ -45,6 +54,25 @@ def find_classifier(model: Any) -> Any:
     return model
 
 
+def _find_backbone(classifier: Any) -> Any:
+    """What is quantized block by block: a classifier's backbone, or the model inside a wrapper around timm's.
+
+    Raises:
+        ValueError: a TIMMBackbone with a neck and head that cannot read it.
+    """
+    backbone = getattr(classifier, 'backbone', classifier)
+    inside = _TIMM_WRAPPERS.get(class_path(type(backbone)))
+    if inside is None:
+        return backbone
+    neck = type(getattr(classifier, 'neck', None)).__name__
+    if backbone is not classifier and neck in ('NoneType', 'GlobalAveragePooling'):
+        raise ValueError(
+            'TIMMBackbone gives all tokens (B, N, C), or maps (B, H, W, C), which this neck and the heads of '
+            "MMPretrain cannot read: write model = dict(type='TimmClassifier', model_name=...) instead"
+        )
+    return getattr(backbone, inside)
+
+
 def check_model(model: nn.Module) -> Any:
     """The backbone of ``model`` if it can be quantized; changes nothing.
 
@@ -54,7 +82,7 @@ def check_model(model: nn.Module) -> Any:
     model = find_classifier(model)
     if is_quantized(model):
         raise ValueError('the model is quantized already: build it anew to quantize it another way')
-    backbone = getattr(model, 'backbone', model)
+    backbone = _find_backbone(model)
     family = _family_of(backbone)
     if family is None:
         name = type(backbone).__name__
@@ -65,13 +93,14 @@ def check_model(model: nn.Module) -> Any:
 
 
 def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
-    """Swap the blocks of an MMPretrain classifier, or of a bare backbone, for quantized twins, in place.
+    """Swap the blocks of an MMPretrain classifier, a bare backbone or a timm model for quantized twins, in place.
 
     The twins share the float model's parameters. In phase float, where the model is left, it computes what it
     computed before; calibrate it and call ``quant`` to see it quantized.
 
     Args:
-        model: ``ImageClassifier`` (also inside a wrapper) or one of the covered backbones.
+        model: ``ImageClassifier`` or ``TimmClassifier`` (also inside a wrapper), or one of the covered backbones;
+            a timm model is a whole classifier, and its head is quantized too.
         scheme: from :func:`~fqvit_plugin.scheme.get_scheme`.
 
     Returns:

@@ -30,8 +30,12 @@ ORDER = [
     'blocks',
     'blocks.common',
     'blocks.family',
+    'blocks.attention',
     'blocks.vit',
     'blocks.swin',
+    'blocks.timm_common',
+    'blocks.timm_vit',
+    'blocks.timm_swin',
     'report',
     'surgery',
     'checkpoint_io',
@@ -42,12 +46,13 @@ ORDER = [
     'checkpoint',
     'apis',
     'hooks',
+    'timm_data',
     '',  # the package itself
     'configs',  # for users' configs to inherit; nothing of the package may need it
     'configs.fqvit',
 ]
 #: Siblings that must not know each other, although one stands above the other.
-STRANGERS = [('blocks.swin', 'blocks.vit'), ('checkpoint', 'calibration')]
+STRANGERS = [('blocks.swin', 'blocks.vit'), ('blocks.timm_swin', 'blocks.timm_vit'), ('checkpoint', 'calibration')]
 FILES = sorted(path for path in PACKAGE.rglob('*.py') if '.mim' not in path.parts)
 
 

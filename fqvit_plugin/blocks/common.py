@@ -91,10 +91,10 @@ class QLinearAct(QLinear):
     out_act: QAct
 
     @classmethod
-    def wrap(cls, linear: nn.Linear, make: LayerFactory) -> QLinearAct:
-        """The twin of ``linear`` with a quantizer on its output."""
+    def wrap(cls, linear: nn.Linear, make: LayerFactory, out_act: QAct | None = None) -> QLinearAct:
+        """The twin of ``linear`` with a quantizer on its output, by default one for an activation."""
         twin = cls.from_float(linear, make.scheme.weight)
-        twin.out_act = make.act()
+        twin.out_act = make.act() if out_act is None else out_act
         return twin  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -106,18 +106,19 @@ class QNormAct(QIntLayerNorm):
     """A LayerNorm that knows its input's quantizer and quantizes its output."""
 
     out_act: QAct
+    tile: int
 
     @classmethod
-    def wrap(cls, norm: nn.LayerNorm, input_act: QAct, make: LayerFactory) -> QNormAct:
-        """The twin of ``norm``, which reads what ``input_act`` quantized."""
-        twin = cls.from_float(norm, make.scheme.int_norm, make.scheme.arithmetic)
-        twin.out_act = make.act()
+    def wrap(cls, norm: nn.LayerNorm, input_act: QAct, make: LayerFactory, tile: int = 1) -> QNormAct:
+        """The twin of ``norm``, which reads what ``input_act`` quantized, ``tile`` tokens of it side by side."""
+        twin: Any = cls.from_float(norm, make.scheme.int_norm, make.scheme.arithmetic)
+        twin.out_act, twin.tile = make.act(), tile
         link(twin, input_act)
-        return twin  # type: ignore[return-value]
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(…, C) to (…, C), quantized."""
-        return super().forward(x, linked(self), self.out_act)
+        return super().forward(x, linked(self), self.out_act, tile=self.tile)
 
 
 class QPooling(nn.Module):

@@ -38,7 +38,9 @@ class QWindowMSA(nn.Module):
         super().__init__()
         self.num_heads, self.window_size, self.scale = attn.num_heads, attn.window_size, attn.scale
         self.relative_position_bias_table = attn.relative_position_bias_table
-        self.register_buffer('relative_position_index', attn.relative_position_index)
+        # saved where the float module saves it: MMPretrain's does, timm's does not
+        persistent = 'relative_position_index' in attn.state_dict()
+        self.register_buffer('relative_position_index', attn.relative_position_index, persistent)
         self.qkv = make.linear(attn.qkv)
         self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
         self.proj = make.linear(attn.proj)
@@ -52,14 +54,14 @@ class QWindowMSA(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(windows B, N, C) to the same; ``mask`` is (windows, N, N), negative across window borders."""
-        windows, tokens, channels = x.shape
+        windows, tokens, _ = x.shape
         qkv = self.qkv_act(self.qkv(x))
-        qkv = qkv.reshape(windows, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = qkv.reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (windows B, heads, N, D) each
         scores = self.scores_act(product(q * self.scale, k.transpose(-2, -1)))
         logits = scores + self._position_bias(tokens)  # (windows B, heads, N, N)
         probs = self.attn_drop(self._softmax(logits, mask))
-        x = product(probs, v).transpose(1, 2).reshape(windows, tokens, channels)
+        x = product(probs, v).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj_act(self.proj(self.context_act(x))))
 
     def _position_bias(self, tokens: int) -> Tensor:

@@ -14,6 +14,7 @@ from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
 from ..layers import QAct
+from .attention import QSelfAttention
 from .common import (
     QFFN,
     LayerFactory,
@@ -23,7 +24,6 @@ from .common import (
     check_patch_embed,
     link,
     linked,
-    product,
 )
 from .family import Family, class_path
 
@@ -37,32 +37,19 @@ __all__ = [
 ]
 
 
-class QMultiheadAttention(nn.Module):
-    """Multi-head self-attention with every product's operands on an integer grid."""
+class QMultiheadAttention(QSelfAttention):
+    """MMPretrain's multi-head self-attention, with layer scale."""
 
     def __init__(self, attn: Any, make: LayerFactory) -> None:
-        super().__init__()
-        self.num_heads, self.head_dims = attn.num_heads, attn.head_dims
-        self.qkv = make.linear(attn.qkv)
+        super().__init__(attn, attn.head_dims, make)
         self.proj = make.linear(attn.proj)
+        self.proj_act = make.act()
         self.proj_drop, self.out_drop, self.gamma1 = attn.proj_drop, attn.out_drop, attn.gamma1
         self.attn_drop = nn.Dropout(attn.attn_drop)
-        self.qkv_act = make.act()
-        self.logits_act = make.act()
-        self.probs = make.softmax()
-        self.context_act = make.act()
-        self.proj_act = make.act()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv_act(self.qkv(x))
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dims).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, heads, N, D) each
-        logits = product(q, k.transpose(-2, -1)).mul_(self.head_dims**-0.5)  # (B, heads, N, N)
-        probs = self.attn_drop(self.probs(logits, self.logits_act))
-        x = product(probs, v).transpose(1, 2).reshape(batch, tokens, -1)
-        x = self.proj_act(self.gamma1(self.proj(self.context_act(x))))
+        x = self.proj_act(self.gamma1(self.proj(self.context(x))))
         return self.out_drop(self.proj_drop(x))
 
 
