@@ -35,7 +35,9 @@ def data_settings(model: nn.Module) -> dict[str, Any]:
     elif mode == 'center' and height == width:
         resize = dict(type='mmpretrain.ResizeEdge', scale=math.floor(height / crop), edge='short', **how)
     else:
-        raise ValueError(f'crop_mode={mode!r} at {height} by {width} pixels has no counterpart: write the pipeline out')
+        raise ValueError(
+            f'crop_mode={mode!r} at {height} by {width} pixels has no counterpart: write the pipeline out'
+        )
     load = dict(
         type='mmpretrain.LoadImageFromFile',
         color_type='color_ignore_orientation',

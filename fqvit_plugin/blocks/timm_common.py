@@ -12,12 +12,13 @@ from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
 from ..layers import QAct, QConv2d
-from .common import LayerFactory, QLinearAct, QNormAct, check_norm, link
+from .common import LayerFactory, QLinearAct, QNormAct, check_norm, link, linked
 
 __all__ = [
     'QConv2dAct',
     'QTimmMlp',
     'QTimmPatchEmbed',
+    'QTimmPreNorm',
     'check_block_parts',
     'check_exactly',
     'check_head',
@@ -86,6 +87,34 @@ def quantize_mlp_(mlp: Any, make: LayerFactory) -> None:
     mlp.hidden_act, mlp.out_act = make.act(), make.act()
     mlp.norm = norm_twin(mlp.norm, mlp.hidden_act, make)
     mlp.__class__ = QTimmMlp
+
+
+class QTimmPreNorm:
+    """The forward of a pre-norm block after surgery, for timm's ViT and Swin (abstract: a mixin of their blocks).
+
+    :func:`~fqvit_plugin.blocks.common.link` tells it what quantized its input.
+    """
+
+    norm1: Any
+    norm1_act: QAct
+    drop_path1: Any
+    attn_residual_act: QAct
+    norm2: Any
+    norm2_act: QAct
+    mlp: Any
+    drop_path2: Any
+    residual_act: QAct
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The first branch, on the grid of its last quantizer."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, C) or (B, H, W, C) to the same, on the grid of ``residual_act``."""
+        y = self.norm1(x, linked(self), self.norm1_act)
+        x = self.attn_residual_act(x + self.drop_path1(self.attention(y)))
+        y = self.norm2(x, self.attn_residual_act, self.norm2_act)
+        return self.residual_act(x + self.drop_path2(self.mlp(y, getattr(self, 'ls2', None))))
 
 
 def quantize_block_(block: Any, twin: type, attn: nn.Module, previous: QAct, make: LayerFactory) -> QAct:

@@ -17,10 +17,11 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from ..layers import QAct
-from .common import LayerFactory, QLinearAct, check_norm, linked
+from .common import LayerFactory, QLinearAct, check_norm
 from .family import Family, class_path
 from .swin import QWindowMSA
 from .timm_common import (
+    QTimmPreNorm,
     check_block_parts,
     check_exactly,
     check_head,
@@ -34,21 +35,12 @@ from .timm_common import (
 __all__ = ['FAMILY', 'QTimmPooling', 'QTimmSwinBlock', 'quantize_timm_swin_']
 
 
-class QTimmSwinBlock(SwinTransformerBlock):
-    """timm's Swin block after surgery; :func:`~fqvit_plugin.blocks.common.link` tells what quantized its input."""
+class QTimmSwinBlock(QTimmPreNorm, SwinTransformerBlock):
+    """timm's Swin block after surgery; windows, shifts and masks stay timm's."""
 
-    norm1_act: QAct
-    attn_residual_act: QAct
-    norm2_act: QAct
-    residual_act: QAct
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, H, W, C) to (B, H, W, C), on the grid of ``residual_act``."""
-        y = self.norm1(x, linked(self), self.norm1_act)
-        # windows, shifts and masks stay timm's
-        x = self.attn_residual_act(x + self.drop_path1(self._attn(y)))
-        y = self.norm2(x, self.attn_residual_act, self.norm2_act)
-        return self.residual_act(x + self.drop_path2(self.mlp(y)))
+    def attention(self, x: Tensor) -> Tensor:
+        """(B, H, W, C) to the same."""
+        return self._attn(x)
 
 
 class QTimmPooling(SelectAdaptivePool2d):

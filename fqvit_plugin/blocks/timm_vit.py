@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from ..layers import QAct
 from .attention import QSelfAttention
-from .common import LayerFactory, QNormAct, linked
+from .common import LayerFactory, QNormAct
 from .family import Family, class_path
 from .timm_common import (
+    QTimmPreNorm,
     check_block_parts,
     check_exactly,
     check_head,
@@ -60,20 +61,12 @@ def _context_norm(attn: Any) -> nn.Module:
     return norm
 
 
-class QTimmBlock(Block):
-    """timm's block after surgery; :func:`~fqvit_plugin.blocks.common.link` tells it its input's quantizer."""
+class QTimmBlock(QTimmPreNorm, Block):
+    """timm's block after surgery, with layer scale where the model has it."""
 
-    norm1_act: QAct
-    attn_residual_act: QAct
-    norm2_act: QAct
-    residual_act: QAct
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C), on the grid of ``residual_act``."""
-        y = self.norm1(x, linked(self), self.norm1_act)
-        x = self.attn_residual_act(x + self.drop_path1(self.attn(y, self.ls1)))
-        y = self.norm2(x, self.attn_residual_act, self.norm2_act)
-        return self.residual_act(x + self.drop_path2(self.mlp(y, self.ls2)))
+    def attention(self, x: Tensor) -> Tensor:
+        """(B, N, C) to the same."""
+        return self.attn(x, self.ls1)
 
 
 #: ``global_pool`` -> what it makes of tokens (B, N, C)
