@@ -1,7 +1,8 @@
 """timm's own models: surgery, the roads to it, and the same weights through timm and through MMPretrain.
 
-Oracles: timm's float model, which the twin must equal in phase float, and to which its error must fall by sixteen with
-every four bits more; MMPretrain's twins of the same weights, whose scales must come out the same; timm's transform.
+Oracles: timm's float model, which the twin must equal in phase float, and to which its error must fall by sixteen
+with every four bits more; MMPretrain's twins of the same weights, whose scales must come out the same; timm's own
+transform.
 """
 
 from __future__ import annotations
@@ -256,9 +257,11 @@ SMALL_SWIN = dict(embed_dim=24, num_heads=(1, 1, 2, 2), depths=(1, 1, 1, 1), num
 )
 def test_timms_names(name, options):
     model = shaken(timm.create_model(name, pretrained=False, **options))
-    x = images(1, resolve_model_data_config(model)['input_size'][1])
+    x = images(1, model.patch_embed.img_size)
     expected = run(model, x)
-    assert 0 < error(run(quantized(model, [x]), x), expected) <= 0.45
+    # many bits: what the paper's do to random weights and one image says nothing
+    scheme = dict(lis=False, weight_bits=16, act_bits=16, attn_bits=16)
+    assert 0 < error(run(quantized(model, [x], **scheme), x), expected) <= 0.01
 
 
 # ---------------------------------------------------------------- refusals
@@ -269,7 +272,7 @@ def test_timms_names(name, options):
     [
         (
             lambda: timm.create_model('resnet18'),
-            r'backbone ResNet is not covered\. Covered are .*timm\.SwinTransformer',
+            r'ResNet is not covered\. Covered are .*timm\.SwinTransformer',
         ),
         (
             lambda: timm.create_model('swinv2_tiny_window8_256', **SMALL_SWIN),
@@ -409,7 +412,7 @@ def test_safetensors_become_a_file_that_mmengine_loads(job, tmp_path):
 
 def test_files_of_another_model_are_refused(job):
     _, model = job
-    names = {key: value for key, value in model.state_dict().items()}
+    names = dict(model.state_dict())
     check_weights(model, names)
     theirs = mmpretrain_models.vit().state_dict()
     with pytest.raises(ValueError, match="it has the names of MMPretrain names, and the model is timm's"):
