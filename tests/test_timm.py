@@ -7,6 +7,9 @@ transform.
 
 from __future__ import annotations
 
+import copy
+import io
+
 import accuracy
 import calibrate
 import convert_checkpoint
@@ -54,7 +57,7 @@ MODELS = {
     'vit, all tokens': (lambda: vit(num_classes=0, global_pool=''), 32),
     'distilled': (distilled, 32),
     'swin': (swin, 56),
-    'swin, four stages': (lambda: swin(img_size=112, depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 4)), 112),
+    'swin, four stages': (lambda: swin(img_size=64, window_size=4, depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 4)), 64),
     'swin, small windows with padding': (lambda: swin(img_size=40, window_size=4), 40),
     'swin, no classifier': (lambda: swin(num_classes=0), 56),
     'swin, map': (lambda: swin(num_classes=0, global_pool=''), 56),
@@ -171,6 +174,32 @@ def test_features_of_all_tokens_are_quantized_too():
     assert torch.equal(model.forward_head(features), model(x))
 
 
+@pytest.mark.parametrize('name', ['vit, norms of query and key', 'distilled', 'swin'])
+def test_copies_are_wired_to_themselves(name):
+    model, x = made(name)
+    model = quantized(model, [x])
+    expected = run(model, x)[0]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        assert torch.equal(run(copied, x)[0], expected)
+        own = {id(m) for m in copied.modules()}
+        links = [linked(m) for m in copied.modules() if '_input_act' in m.__dict__]
+        assert len(links) >= 3
+        assert all(id(act) in own for act in links)
+
+
+@pytest.mark.parametrize('name', ['vit', 'vit, average of the patches', 'distilled', 'swin'])
+def test_the_quantized_model_is_one_graph(name):
+    model, x = made(name)
+    model = quantized(model, [x])
+    expected = run(model, x)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='eager')
+    assert torch.equal(run(compiled, x)[0], expected)
+
+
 # ---------------------------------------------------------------- the same weights through MMPretrain
 
 
@@ -277,6 +306,10 @@ def test_timms_names(name, options):
         (
             lambda: timm.create_model('swinv2_tiny_window8_256', **SMALL_SWIN),
             'SwinTransformerV2 is not covered: its cosine attention',
+        ),
+        (
+            lambda: timm.create_model('swin_tiny_patch4_window7_224', features_only=True, **SMALL_SWIN),
+            r'backbone Feature\w+ is not covered',
         ),
         (lambda: timm.create_model('beit_base_patch16_224', **SMALL_VIT), 'Beit is not covered: its attention adds'),
         (
