@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmpretrain.models.utils import QuickGELU
 from torch import nn
 
-from .blocks import swin, vit
+from .blocks import beit, eva02, mvit, swin, swinv2, twins, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
 from .blocks.family import Family, class_path
+from .blocks.refused import refusal
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
@@ -20,12 +22,15 @@ from .scheme import QuantScheme
 __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
 
 #: What can be quantized; the first that names the model's class treats it.
-FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY)
-
-#: Backbones that look alike and are not covered, with the reason.
-REFUSED = {
-    'SwinTransformerV2': 'its cosine attention divides by vector norms, for which FQ-ViT has no integer form',
-}
+FAMILIES: tuple[Family, ...] = (
+    vit.FAMILY,
+    swin.FAMILY,
+    beit.FAMILY,
+    eva02.FAMILY,
+    swinv2.FAMILY,
+    twins.FAMILY,
+    mvit.FAMILY,
+)
 
 
 def covered_backbones() -> list[str]:
@@ -58,7 +63,8 @@ def check_model(model: nn.Module) -> Any:
     family = _family_of(backbone)
     if family is None:
         name = type(backbone).__name__
-        why = f': {REFUSED[name]}' if name in REFUSED else ''
+        reason = refusal(backbone)
+        why = f': {reason}' if reason else ''
         raise ValueError(f'backbone {name} is not covered{why}. Covered are {", ".join(covered_backbones())}')
     family.check(backbone)
     return backbone
@@ -152,7 +158,9 @@ def _why_float(module: Any, kind: type | None, scheme: QuantScheme) -> str | Non
         return 'softmax is float without LIS; its output is quantized'
     if kind is not None:
         return None
-    if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU)):
+    if reason := getattr(module, 'why_float', None):
+        return str(reason)
+    if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU, QuickGELU)):
         return 'the activation function is float; its output is quantized'
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
         return f'{type(module).__name__} outside the blocks that are covered'

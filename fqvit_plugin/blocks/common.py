@@ -97,9 +97,9 @@ class QLinearAct(QLinear):
         twin.out_act = make.act()
         return twin  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(…, C_in) to (…, C_out), quantized."""
-        return self.out_act(super().forward(x))
+        return self.out_act(super().forward(x, bias))
 
 
 class QNormAct(QIntLayerNorm):
@@ -155,13 +155,14 @@ class QFFN(nn.Module):
         self.hidden_act = make.act()
         self.out_act = make.act()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C), times the block's layer scale (C,) where the block has it (BEiT)."""
         hidden: Any = self.layers[0]
         linear, activation, hidden_dropout = hidden
         x = hidden_dropout(self.hidden_act(activation(linear(x))))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
-        x = self.out_act(self.gamma2(self.layers[1](x)))
+        x = self.gamma2(self.layers[1](x))
+        x = self.out_act(x if scale is None else scale * x)
         return self.dropout_layer(self.layers[2](x))
 
 
@@ -213,16 +214,23 @@ def check_norm(norm: Any, path: str) -> None:
         raise ValueError(f'{path} is a {type(norm).__name__}, not a LayerNorm: not covered')
 
 
-def check_ffn(ffn: Any, path: str) -> None:
-    """Refuse MLPs that are not two linear layers with an activation between, and a residual sum.
+def check_ffn(ffn: Any, path: str, sums: bool = True) -> None:
+    """Refuse MLPs that are not two linear layers with an activation between.
+
+    Args:
+        ffn: mmcv's FFN.
+        path: its name in the error.
+        sums: whether the float block leaves the residual sum to the MLP.
 
     Raises:
         ValueError: names the MLP.
     """
     if not hasattr(ffn, 'layers') or len(ffn.layers) != 3:
         raise ValueError(f'{path} is a {type(ffn).__name__} with other than two linear layers: not covered')
-    if not ffn.add_identity:
+    if sums and not ffn.add_identity:
         raise ValueError(f'{path} has add_identity=False, without the residual sum: not covered')
+    if ffn.add_identity and not sums:
+        raise ValueError(f'{path} has add_identity=True, a second residual sum: not covered')
 
 
 def check_patch_embed(embed: Any) -> None:

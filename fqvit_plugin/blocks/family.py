@@ -24,8 +24,12 @@ class Family:
         models: :func:`class_path` of each. Matched exactly: a subclass may compute something else.
         check: raises ValueError naming the part that is not covered; changes nothing.
         quantize_: puts the twins into a model that passed ``check``.
+        covers: a line for the table in docs/models.md: which models and options.
+        refuses: a line for the same table: the options that ``check`` refuses.
     """
 
     models: tuple[str, ...]
     check: Callable[[Any], None]
     quantize_: Callable[[Any, LayerFactory], None]
+    covers: str = ''
+    refuses: str = ''

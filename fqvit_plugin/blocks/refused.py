@@ -1,0 +1,52 @@
+"""Backbones of MMPretrain that no family covers, with the reason: what errors and docs/models.md say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ['CONVOLUTIONAL', 'REFUSED', 'refusal']
+
+_BATCH_NORM = 'its blocks mix convolutions, BatchNorm and attention; PTF and the integer LayerNorm want LayerNorm'
+_POOLING = 'it has no attention, and its GroupNorm over a whole map is no LayerNorm over channels'
+
+#: Transformers and what is built like one: class name -> why there is no twin.
+REFUSED = {
+    'Conformer': f'{_BATCH_NORM}, and its two branches exchange feature maps',
+    'DaViT': 'attention between channels, whose softmax runs over channels, and position encodings inside each block',
+    'EdgeNeXt': 'attention between channels on vectors of length one, next to ConvNeXt blocks',
+    'EfficientFormer': _BATCH_NORM,
+    'HiViT': 'its first two stages are MLPs on patches of patches, merged by other modules than Swin has',
+    'HorNet': 'gated convolutions instead of attention, with its own LayerNorm over feature maps',
+    'LeViT': f'{_BATCH_NORM}; LeViT has no LayerNorm at all',
+    'MixMIMTransformer': 'its window attention takes a mask of the pretraining, and it averages two normed streams',
+    'MlpMixer': 'no attention: a linear layer mixes the tokens, which FQ-ViT says nothing about',
+    'MobileViT': _BATCH_NORM,
+    'PoolFormer': _POOLING,
+    'RIFormer': _POOLING,
+    'RevVisionTransformer': 'two residual streams that are recomputed backwards, which surgery would break',
+    'T2T_ViT': 'its first stage unfolds tokens through attention with a value shortcut',
+    'TIMMBackbone': 'it wraps a model of timm, whose blocks have forwards of their own',
+    'TNT': 'a transformer inside each token of another: the inner tokens are projected into the outer ones',
+    'TinyViT': _BATCH_NORM,
+    'VAN': 'large convolutions instead of attention, with BatchNorm',
+    'ViTSAM': 'windows cut from padded maps inside a ViT, and a convolutional neck with LayerNorm over maps',
+    'Vig': 'graph convolutions over nearest neighbours instead of attention, with BatchNorm',
+    'PyramidVig': 'graph convolutions over nearest neighbours instead of attention, with BatchNorm',
+    'XCiT': 'attention between channels on vectors of length one, and BatchNorm in its local patch interaction',
+}
+
+#: Convolutional networks, of which all the same is to be said.
+CONVOLUTIONAL = frozenset({
+    'AlexNet', 'CSPDarkNet', 'CSPNet', 'CSPResNeXt', 'CSPResNet', 'ConvMixer', 'ConvNeXt', 'DenseNet',
+    'EfficientNet', 'EfficientNetV2', 'HRNet', 'InceptionV3', 'LeNet5', 'MobileNetV2', 'MobileNetV3', 'MobileOne',
+    'RegNet', 'RepLKNet', 'RepMLPNet', 'RepVGG', 'Res2Net', 'ResNeSt', 'ResNeXt', 'ResNet', 'ResNetV1c', 'ResNetV1d',
+    'ResNet_CIFAR', 'SEResNeXt', 'SEResNet', 'ShuffleNetV1', 'ShuffleNetV2', 'SparseConvNeXt', 'SparseResNet', 'VGG',
+})  # fmt: skip
+
+
+def refusal(backbone: Any) -> str | None:
+    """Why ``backbone`` is not covered, where that is known of its class."""
+    name = type(backbone).__name__
+    if name in CONVOLUTIONAL:
+        return 'it is a convolutional network, and FQ-ViT quantizes vision transformers'
+    return REFUSED.get(name)
