@@ -76,14 +76,13 @@ class GridWatch(TorchFunctionMode):
             frame = frame.f_back
         caller = type(frame.f_locals.get('self')).__name__
         if Path(frame.f_code.co_filename).parent == BLOCKS and len(tensors) == 2:
-            if name in ('matmul', '__matmul__', 'einsum'):
+            elementwise = self._alike(*tensors)
+            # MViT's attention adds the pooled query to the accumulator, and quantizes once, after
+            sequences = all(t.ndim == 3 for t in tensors) and caller != 'QMultiScaleAttention'
+            if name in ('matmul', '__matmul__', 'einsum') or (name in ('mul', '__mul__', '__rmul__') and elementwise):
                 self._product(*tensors, caller)
-            elif name in ('mul', '__mul__', '__rmul__') and self._alike(*tensors):
-                self._product(*tensors, caller)
-            elif name in ('add', '__add__', '__radd__') and all(t.ndim == 3 for t in tensors):
-                # MViT's attention adds the pooled query to the accumulator, and quantizes once, after
-                if self._alike(*tensors) and caller != 'QMultiScaleAttention':
-                    self._sum(*tensors, caller)
+            elif name in ('add', '__add__', '__radd__') and elementwise and sequences:
+                self._sum(*tensors, caller)
         return func(*args, **(kwargs or {}))
 
     @staticmethod

@@ -39,7 +39,7 @@ _LOG_LIMIT = math.log(100)
 class UnitLength(nn.Module):
     """Vectors of length one along the last axis: a float function, like GELU; its output is quantized."""
 
-    why_float = 'cosine attention divides by vector norms in float; its output is quantized'
+    why_float = 'normalization is float; its output is quantized'
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, D) to the same."""
@@ -64,7 +64,7 @@ class QWindowMSAV2(QAttention):
         self.qkv = make.linear(attn.qkv)
         self.q_bias, self.v_bias = attn.q_bias, attn.v_bias
         for layer in self.cpb_mlp:
-            layer.why_float = 'reads no image: its table of position biases is a constant, and quantized'
+            layer.why_float = 'makes a constant, the position biases: quantized'
         self.unit_length = UnitLength()
         self.qkv_act = make.act()
         self.query_act, self.key_act = make.act(), make.act()  # of length one
