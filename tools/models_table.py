@@ -54,13 +54,18 @@ def with_tables(text: str) -> str:
     return text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Print the document as it should be, or write it; 1 if ``--check`` finds it different."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('--write', action='store_true', help='write the tables into the document')
     parser.add_argument('--check', action='store_true', help='exit with 1 if the document has other tables')
     parser.add_argument('--document', type=Path, default=DOCUMENT)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the document as it should be, or write it; 1 if ``--check`` finds it different."""
+    args = parse_args(argv)
     old = args.document.read_text(encoding='utf-8')
     new = with_tables(old)
     if args.write:
