@@ -11,7 +11,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmpretrain.models.utils import QuickGELU
 from torch import nn
 
-from .blocks import beit, eva02, mvit, swin, swinv2, twins, vit
+from .blocks import beit, davit, eva02, mvit, swin, swinv2, twins, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
 from .blocks.family import Family, class_path
 from .blocks.refused import refusal
@@ -30,6 +30,7 @@ FAMILIES: tuple[Family, ...] = (
     swinv2.FAMILY,
     twins.FAMILY,
     mvit.FAMILY,
+    davit.FAMILY,
 )
 
 

@@ -39,6 +39,7 @@ ORDER = [
     'blocks.swinv2',
     'blocks.twins',
     'blocks.mvit',
+    'blocks.davit',
     'blocks.refused',
     'report',
     'surgery',

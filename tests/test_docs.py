@@ -169,6 +169,7 @@ def _documented(section: str) -> set[str]:
         ),
         ('Twins', zoo.SVT),
         ('MViT', dict(zoo.MVIT, use_abs_pos_embed=True)),
+        ('DaViT', zoo.DAVIT),
     ],
 )
 def test_tables_name_every_quantizer_of_the_backbone(section, model):

@@ -47,6 +47,8 @@ SVT = dict(PCPVT, type='SVT', arch=dict(TWINS_ARCH, window_sizes=[3, 3]))
 MVIT = dict(type='MViT', arch=MVIT_ARCH, img_size=32)
 NO_ABSOLUTE = dict(use_abs_pos_emb=True, use_rel_pos_bias=False)
 
+DAVIT = dict(type='DaViT', arch=SWIN_ARCH, window_size=4, out_indices=(1,))
+
 #: name -> (how to build it, image size)
 ZOO: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, int]]] = {
     'clip': (lambda: vit(pre_norm=True), 32),
@@ -106,6 +108,11 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, int]]] = {
     'mvit, position embedding': (lambda: pooled(MVIT, 48, use_abs_pos_embed=True), 32),
     'mvit, no residual pooling': (lambda: pooled(MVIT, 48, residual_pooling=False, qkv_bias=False), 32),
     'mvit, another size, not square': (lambda: pooled(MVIT, 48), (48, 40)),
+    'davit': (lambda: pooled(DAVIT, 48), 32),
+    'davit, several stages': (lambda: backbone(DAVIT, out_indices=(0, 1)), 32),
+    'davit, no norm on features': (lambda: backbone(DAVIT, out_indices=(0, 1), norm_cfg=None), 32),
+    'davit, another size, padded maps': (lambda: pooled(DAVIT, 48, pad_small_map=True, qkv_bias=False), (24, 40)),
+    'davit, out after downsample': (lambda: pooled(DAVIT, 48, out_after_downsample=True), 32),
     'mvit, norm in the patch embedding': (
         lambda: pooled(MVIT, 48, patch_cfg=dict(kernel_size=7, stride=4, padding=3, norm_cfg=dict(type='LN'))),
         32,

@@ -17,6 +17,7 @@ __all__ = [
     'QNormAct',
     'QPatchEmbed',
     'QPooling',
+    'QPositionEncoding',
     'check_ffn',
     'check_norm',
     'check_patch_embed',
@@ -202,6 +203,27 @@ class QPatchEmbed(nn.Module):
         if self.norm is not None and self.norm_act is not None:
             x = self.norm(x, self.patch_act, self.norm_act)
         return x, out_size
+
+
+class QPositionEncoding(nn.Module):
+    """Conditional position encoding (Twins, DaViT): a depthwise convolution and the residual sum.
+
+    Args:
+        encoding: the float module.
+        make: builds Q layers.
+        residual_act: the quantizer of the sum.
+    """
+
+    def __init__(self, encoding: Any, make: LayerFactory, residual_act: QAct) -> None:
+        super().__init__()
+        self.proj = make.conv(encoding.proj)
+        self.position_act = make.act()
+        self.residual_act = residual_act
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """(B, H W, C) to (B, H W, C), on the grid of ``residual_act``."""
+        position = self.proj(x.transpose(1, 2).unflatten(2, hw_shape).contiguous())
+        return self.residual_act(self.position_act(position).flatten(2).transpose(1, 2) + x)
 
 
 def check_norm(norm: Any, path: str) -> None:

@@ -21,6 +21,7 @@ from .common import (
     LayerFactory,
     QNormAct,
     QPatchEmbed,
+    QPositionEncoding,
     check_ffn,
     check_norm,
     check_patch_embed,
@@ -30,7 +31,7 @@ from .common import (
 )
 from .family import Family, class_path
 
-__all__ = ['FAMILY', 'QGlobalAttention', 'QLocalAttention', 'QPositionEncoding', 'QTwinsBlock', 'quantize_twins_']
+__all__ = ['FAMILY', 'QGlobalAttention', 'QLocalAttention', 'QTwinsBlock', 'quantize_twins_']
 
 #: What the float model adds to logits of tokens that must not see each other.
 _FORBIDDEN = -1000.0
@@ -125,27 +126,6 @@ class QTwinsBlock(nn.Module):
         x = self.attn_residual_act(x + self.drop_path(self.attn(y, hw_shape)))
         y = self.norm2(x, self.attn_residual_act, self.norm2_act)
         return self.residual_act(x + self.drop_path(self.ffn(y)))
-
-
-class QPositionEncoding(nn.Module):
-    """Conditional position encoding: a depthwise convolution and the residual sum.
-
-    Args:
-        encoding: the float module.
-        make: builds Q layers.
-        residual_act: the quantizer of the sum.
-    """
-
-    def __init__(self, encoding: Any, make: LayerFactory, residual_act: QAct) -> None:
-        super().__init__()
-        self.proj = make.conv(encoding.proj)
-        self.position_act = make.act()
-        self.residual_act = residual_act
-
-    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
-        """(B, H W, C) to (B, H W, C), on the grid of ``residual_act``."""
-        position = self.proj(x.transpose(1, 2).unflatten(2, hw_shape).contiguous())
-        return self.residual_act(self.position_act(position).flatten(2).transpose(1, 2) + x)
 
 
 def check_twins(backbone: Any) -> None:
