@@ -67,7 +67,7 @@ def by_hand(cfg, made, num_batches=3):
         return [s.pred_score for batch in made.test_dataloader for s in model.test_step(batch)]
 
 
-@pytest.mark.parametrize('kind', ['vit', 'swin'])
+@pytest.mark.parametrize('kind', ['vit', 'swin', 'beit', 'swinv2'])
 def test_test_loop_scores_the_quantized_model(images, tmp_path, spied, kind):
     cfg = project(images, tmp_path, kind)
     float_checkpoint(cfg, tmp_path / 'float.pth')
