@@ -149,10 +149,10 @@ class QLinear(_QWeightLayer, nn.Linear):
         twin = cls(linear.in_features, linear.out_features, bias, device='meta', spec=spec)
         return _adopt(twin, linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, C_in) to (…, C_out)."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(…, C_in) to (…, C_out); ``bias`` stands in for the layer's own, where it is a parameter of the block."""
         with self._precision(x):
-            return F.linear(x, self.weight_in_phase(), self.bias)
+            return F.linear(x, self.weight_in_phase(), self.bias if bias is None else bias)
 
 
 def _adopt(twin: Any, original: nn.Module) -> Any:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmpretrain.models.utils import QuickGELU
 from torch import nn
 
-from .blocks import swin, timm_swin, timm_vit, vit
+from .blocks import beit, davit, eva02, mvit, swin, swinv2, timm_swin, timm_vit, twins, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
-from .blocks.family import Family, class_path
+from .blocks.family import Family, class_path, short_name
+from .blocks.refused import refusal
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
@@ -20,14 +22,18 @@ from .scheme import QuantScheme
 __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
 
 #: What can be quantized; the first that names the model's class treats it.
-FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY, timm_vit.FAMILY, timm_swin.FAMILY)
-
-#: Backbones that look alike and are not covered, with the reason.
-REFUSED = {
-    'SwinTransformerV2': 'its cosine attention divides by vector norms, for which FQ-ViT has no integer form',
-    'Beit': 'its attention adds the bias outside the linear layer and a table of its own: no twin is written yet',
-    'Eva': 'rotary positions turn queries and keys in float, off their grid, and SwiGLU multiplies two activations',
-}
+FAMILIES: tuple[Family, ...] = (
+    vit.FAMILY,
+    swin.FAMILY,
+    beit.FAMILY,
+    eva02.FAMILY,
+    swinv2.FAMILY,
+    twins.FAMILY,
+    mvit.FAMILY,
+    davit.FAMILY,
+    timm_vit.FAMILY,
+    timm_swin.FAMILY,
+)
 
 #: Wrappers of MMPretrain -> where they keep the model that timm built.
 _TIMM_WRAPPERS = {
@@ -37,9 +43,8 @@ _TIMM_WRAPPERS = {
 
 
 def covered_backbones() -> list[str]:
-    """Names of the backbones that can be quantized, timm's with ``timm.`` in front."""
-    paths = [path for family in FAMILIES for path in family.models]
-    return [('timm.' if path.startswith('timm.') else '') + path.rpartition('.')[2] for path in paths]
+    """Names of the backbones that can be quantized; those of other packages than MMPretrain bear the package's."""
+    return [short_name(path) for family in FAMILIES for path in family.models]
 
 
 def _family_of(backbone: nn.Module) -> Family | None:
@@ -85,8 +90,9 @@ def check_model(model: nn.Module) -> Any:
     backbone = _find_backbone(model)
     family = _family_of(backbone)
     if family is None:
-        name = type(backbone).__name__
-        why = f': {REFUSED[name]}' if name in REFUSED else ''
+        name = short_name(class_path(type(backbone)))
+        reason = refusal(backbone)
+        why = f': {reason}' if reason else ''
         raise ValueError(f'backbone {name} is not covered{why}. Covered are {", ".join(covered_backbones())}')
     family.check(backbone)
     return backbone
@@ -181,7 +187,9 @@ def _why_float(module: Any, kind: type | None, scheme: QuantScheme) -> str | Non
         return 'softmax is float without LIS; its output is quantized'
     if kind is not None:
         return None
-    if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU)):
+    if reason := getattr(module, 'why_float', None):
+        return str(reason)
+    if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU, QuickGELU)):
         return 'the activation function is float; its output is quantized'
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
         return f'{type(module).__name__} outside the blocks that are covered'

@@ -14,7 +14,7 @@ from _docs_check import ROOT, Checker, command_problem, split_commands
 
 import fqvit_plugin as fq
 
-from . import models
+from . import models, zoo
 
 CONFIG = 'configs/digits/digits_vit.py'
 CALIBRATE = 'python tools/calibrate.py c.py x.pth'
@@ -159,13 +159,23 @@ def _documented(section: str) -> set[str]:
 @pytest.mark.parametrize(
     ('section', 'model'),
     [
-        ('ViT', models.vit_backbone(out_type='avg_featmap')),
+        ('ViT', models.vit_backbone(out_type='avg_featmap', pre_norm=True, layer_cfgs=dict(ffn_type='swiglu_fused'))),
         ('Swin', models.swin_backbone(use_abs_pos_embed=True)),
+        ('BEiT', dict(zoo.BEIT, use_abs_pos_emb=True, final_norm=True)),
+        ('EVA-02', dict(zoo.EVA02, out_type='avg_featmap', sub_ln=True)),
+        (
+            'Swin V2',
+            dict(zoo.SWINV2, use_abs_pos_embed=True, arch=dict(zoo.SWINV2_ARCH, extra_norm_every_n_blocks=2)),
+        ),
+        ('Twins', zoo.SVT),
+        ('MViT', dict(zoo.MVIT, use_abs_pos_embed=True)),
+        ('DaViT', zoo.DAVIT),
     ],
 )
 def test_tables_name_every_quantizer_of_the_backbone(section, model):
     backbone = models.build(model)
     fq.quantize_model_(backbone, fq.get_scheme('fqvit_w8a8'))
     acts = (name for name, module in backbone.named_modules() if isinstance(module, (fq.QAct, fq.QIntSoftmax)))
-    found = {re.sub(r'(?<=\.)\d+(?=\.)|(?<=^norm)\d(?=\.)', '#', name) for name in acts}
-    assert found == _documented(f'Where each quantizer sits: {section}') - {'neck.out_act', 'head.fc.out_act'}
+    found = {re.sub(r'(?<=\.)\d+(?=\.)|((?<=^norm)|(?<=^norm_after_stage))\d(?=\.)', '#', name) for name in acts}
+    elsewhere = {'neck.out_act', 'head.fc.out_act', 'rel_pos_bias.bias_table_act'}  # below the classifier; or shared
+    assert found == _documented(f'Where each quantizer sits: {section}') - elsewhere

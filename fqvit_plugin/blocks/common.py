@@ -17,6 +17,7 @@ __all__ = [
     'QNormAct',
     'QPatchEmbed',
     'QPooling',
+    'QPositionEncoding',
     'check_ffn',
     'check_norm',
     'check_patch_embed',
@@ -97,9 +98,9 @@ class QLinearAct(QLinear):
         twin.out_act = make.act() if out_act is None else out_act
         return twin  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(…, C_in) to (…, C_out), quantized."""
-        return self.out_act(super().forward(x))
+        return self.out_act(super().forward(x, bias))
 
 
 class QNormAct(QIntLayerNorm):
@@ -156,13 +157,14 @@ class QFFN(nn.Module):
         self.hidden_act = make.act()
         self.out_act = make.act()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C), times the block's layer scale (C,) where the block has it (BEiT)."""
         hidden: Any = self.layers[0]
         linear, activation, hidden_dropout = hidden
         x = hidden_dropout(self.hidden_act(activation(linear(x))))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
-        x = self.out_act(self.gamma2(self.layers[1](x)))
+        x = self.gamma2(self.layers[1](x))
+        x = self.out_act(x if scale is None else scale * x)
         return self.dropout_layer(self.layers[2](x))
 
 
@@ -204,6 +206,27 @@ class QPatchEmbed(nn.Module):
         return x, out_size
 
 
+class QPositionEncoding(nn.Module):
+    """Conditional position encoding (Twins, DaViT): a depthwise convolution and the residual sum.
+
+    Args:
+        encoding: the float module.
+        make: builds Q layers.
+        residual_act: the quantizer of the sum.
+    """
+
+    def __init__(self, encoding: Any, make: LayerFactory, residual_act: QAct) -> None:
+        super().__init__()
+        self.proj = make.conv(encoding.proj)
+        self.position_act = make.act()
+        self.residual_act = residual_act
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """(B, H W, C) to (B, H W, C), on the grid of ``residual_act``."""
+        position = self.proj(x.transpose(1, 2).unflatten(2, hw_shape).contiguous())
+        return self.residual_act(self.position_act(position).flatten(2).transpose(1, 2) + x)
+
+
 def check_norm(norm: Any, path: str) -> None:
     """Refuse norms other than LayerNorm.
 
@@ -214,16 +237,23 @@ def check_norm(norm: Any, path: str) -> None:
         raise ValueError(f'{path} is a {type(norm).__name__}, not a LayerNorm: not covered')
 
 
-def check_ffn(ffn: Any, path: str) -> None:
-    """Refuse MLPs that are not two linear layers with an activation between, and a residual sum.
+def check_ffn(ffn: Any, path: str, sums: bool = True) -> None:
+    """Refuse MLPs that are not two linear layers with an activation between.
+
+    Args:
+        ffn: mmcv's FFN.
+        path: its name in the error.
+        sums: whether the float block leaves the residual sum to the MLP.
 
     Raises:
         ValueError: names the MLP.
     """
     if not hasattr(ffn, 'layers') or len(ffn.layers) != 3:
         raise ValueError(f'{path} is a {type(ffn).__name__} with other than two linear layers: not covered')
-    if not ffn.add_identity:
+    if sums and not ffn.add_identity:
         raise ValueError(f'{path} has add_identity=False, without the residual sum: not covered')
+    if ffn.add_identity and not sums:
+        raise ValueError(f'{path} has add_identity=True, a second residual sum: not covered')
 
 
 def check_patch_embed(embed: Any) -> None:

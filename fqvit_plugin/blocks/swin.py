@@ -26,7 +26,7 @@ from .common import (
 )
 from .family import Family, class_path
 
-__all__ = ['FAMILY', 'QPatchMerging', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
+__all__ = ['FAMILY', 'QPatchMerging', 'QPositionedDropout', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
 
 
 class QWindowMSA(nn.Module):
@@ -114,6 +114,12 @@ class QPatchMerging(nn.Module):
 
     def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """(B, H W, C) to (B, H/2 W/2, C'), on the grid of ``residual_act``, and the new height and width."""
+        x, size = self._unfold(x, input_size)
+        repeat = self.sampler.kernel_size[0] * self.sampler.kernel_size[1]
+        x = self.norm(x, linked(self), self.norm_act, repeat=repeat)
+        return self.residual_act(self.reduction(x)), size
+
+    def _unfold(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         batch, _, channels = x.shape
         x = x.view(batch, *input_size, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
         if self.adaptive_padding is not None:
@@ -123,18 +129,17 @@ class QPatchMerging(nn.Module):
             (x.shape[2 + i] + 2 * self.sampler.padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
             for i in range(2)
         )
-        x = self.sampler(x).transpose(1, 2)  # (B, H/2 W/2, 4C), the four neighbours of a channel side by side
-        x = self.norm(x, linked(self), self.norm_act, repeat=kernel[0] * kernel[1])
-        return self.residual_act(self.reduction(x)), (height, width)
+        # (B, H/2 W/2, 4C), the four neighbours of a channel side by side
+        return self.sampler(x).transpose(1, 2), (height, width)
 
 
-class _QPositionedDropout(nn.Module):
+class QPositionedDropout(nn.Module):
     """Quantizes the sum of patches and absolute position embedding, then drops as the float model does."""
 
-    def __init__(self, dropout: Any, channels: int, make: LayerFactory) -> None:
+    def __init__(self, dropout: Any, residual_act: QAct) -> None:
         super().__init__()
         self.dropout = dropout
-        self.residual_act = make.norm_input(channels)
+        self.residual_act = residual_act
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
@@ -165,7 +170,7 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
     backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
     previous: QAct = backbone.patch_embed.last_act
     if backbone.use_abs_pos_embed:
-        backbone.drop_after_pos = _QPositionedDropout(backbone.drop_after_pos, backbone.embed_dims, make)
+        backbone.drop_after_pos = QPositionedDropout(backbone.drop_after_pos, make.norm_input(backbone.embed_dims))
         previous = backbone.drop_after_pos.residual_act
     for s, stage in enumerate(backbone.stages):
         for b, block in enumerate(stage.blocks):
@@ -184,4 +189,9 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
                 setattr(backbone, f'norm{s}', QNormAct.wrap(norm, read, make))
 
 
-FAMILY = Family((class_path(SwinTransformer),), check_swin, quantize_swin_)
+FAMILY = Family(
+    (class_path(SwinTransformer),),
+    check_swin,
+    quantize_swin_,
+    covers='absolute position embedding, several `out_indices`, `out_after_downsample`, `pad_small_map`',
+)

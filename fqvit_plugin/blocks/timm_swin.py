@@ -93,4 +93,9 @@ def quantize_timm_swin_(model: Any, make: LayerFactory) -> None:
     model.head.fc = classifier_twin(model.head.fc, make)
 
 
-FAMILY = Family((class_path(SwinTransformer),), check_timm_swin, quantize_timm_swin_)
+FAMILY = Family(
+    (class_path(SwinTransformer),),
+    check_timm_swin,
+    quantize_timm_swin_,
+    covers="timm's Swin and Swin-S3, any window and image size: [below](#timm)",
+)

@@ -219,4 +219,10 @@ def quantize_timm_vit_(model: Any, make: LayerFactory) -> None:
     model.__class__ = TWINS[type(model)]
 
 
-FAMILY = Family(tuple(map(class_path, TWINS)), check_timm_vit, quantize_timm_vit_)
+FAMILY = Family(
+    tuple(map(class_path, TWINS)),
+    check_timm_vit,
+    quantize_timm_vit_,
+    covers="timm's ViT, AugReg, DeiT, DeiT3, DINOv2: [below](#timm)",
+    refuses='CLIP, SigLIP, SwiGLU, hybrids: [below](#timm)',
+)
