@@ -243,5 +243,7 @@ class _Collector:
             self._measuring = False
 
 
-def _softmax_arguments(logits: Tensor, in_act: QAct, mask: Tensor | None = None) -> tuple[Tensor, QAct, Tensor | None]:
+def _softmax_arguments(
+    logits: Tensor, in_act: QAct, mask: Tensor | None = None
+) -> tuple[Tensor, QAct, Tensor | None]:
     return logits, in_act, mask
