@@ -48,6 +48,7 @@ ORDER = [
     'analysis.svg',
     'analysis.style',
     'analysis.page',
+    'analysis.visualize',
     'apis',
     'hooks',
     '',  # the package itself

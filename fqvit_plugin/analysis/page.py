@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -124,10 +125,15 @@ def _header(info: PageInfo, report: Report) -> str:
     )
 
 
+def _breakable(path: str) -> str:
+    """A path that may break after its dots."""
+    return re.sub(r'\.(?=[A-Za-z])', '.<wbr>', escape(path))
+
+
 def _card(label: str, figure: str, note: str, kind: str = '') -> str:
     return (
         f'<div class="card"><div class="label">{escape(label)}</div><div class="figure {kind}">{escape(figure)}</div>'
-        f'<div class="note">{escape(note)}</div></div>'
+        f'<div class="note">{_breakable(note)}</div></div>'
     )
 
 
@@ -257,7 +263,7 @@ _COLUMNS = (
 def _table(analysis: Analysis) -> str:
     head = ''.join(f'<th scope="col"{" class=n" if c[0] == "#" else ""}>{c.lstrip("#")}</th>' for c in _COLUMNS)
     rows = ''.join(_row(record) for record in analysis.tensors)
-    kinds = ''.join(f'<option>{kind}</option>' for kind in sorted({r.kind for r in analysis.tensors}))
+    kinds = ''.join(f'<option>{escape(kind)}</option>' for kind in sorted({r.kind for r in analysis.tensors}))
     return (
         '<section id="table"><h2>All tensors</h2><p>The median scale over the channels, the highest beside it. PTF: '
         'channels with the factor 1, 2, 4, 8 over the finest scale in use.</p><div id="tools" class="tools" hidden>'
@@ -285,7 +291,7 @@ def _row(r: TensorRecord) -> str:
         *(_cell(v) for v in (*covered, *r.seen)),
     ]
     words = ''.join(f'<td>{escape(text)}</td>' for text in (r.kind, r.bits, r.observer))
-    return f'<tr data-kind="{escape(r.kind)}"><th scope="row">{escape(r.path)}</th>{words}{"".join(cells)}</tr>'
+    return f'<tr data-kind="{escape(r.kind)}"><th scope="row">{_breakable(r.path)}</th>{words}{"".join(cells)}</tr>'
 
 
 def _cell(value: float | None, text: str | None = None, kind: str = '') -> str:
@@ -301,12 +307,14 @@ def _histograms(analysis: Analysis) -> str:
     parts = []
     for block, members in groups:
         figures = list(map(_figure, members))
+        plural = '' if len(figures) == 1 else 's'
         parts.append(
-            f'<details><summary>{escape(block)} <span class="soft">({len(figures)} tensors)</span></summary>'
+            f'<details><summary>{escape(block)} <span class="soft">({len(figures)} tensor{plural})</span></summary>'
             f'<div class="panels">{"".join(figures)}</div></details>'
         )
     return (
-        '<section id="histograms"><h2>Histograms</h2><p>Of the values over the range the grid covers, and of the '
+        '<section id="histograms"><h2>Histograms</h2>'
+        '<p>Of the values over the range the grid covers, and of the '
         'codes from the lowest to the highest. Heights are square roots of the counts, so that rare values show.</p>'
         f'<p id="opener" hidden><button type="button" id="open">Open all</button></p>{"".join(parts)}</section>'
     )
@@ -323,9 +331,8 @@ def _figure(r: TensorRecord) -> str:
             f'<span>{r.covered[1]:.3g}</span></div>'
             f'{codes}<div class="ends"><span>codes: {r.codes_used} of {r.codes} used</span></div>'
         )
-    return (
-        f'<figure class="panel"><h3>{escape(r.path)}</h3><figcaption>{escape(caption)}</figcaption>{plots}</figure>'
-    )
+    head = f'<h3>{_breakable(r.path)}</h3><figcaption>{escape(caption)}</figcaption>'
+    return f'<figure class="panel">{head}{plots}</figure>'
 
 
 def _left_float(report: Report) -> str:

@@ -96,9 +96,9 @@ class TensorRecord:
 
     @property
     def block(self) -> str:
-        """The path up to the innermost numbered block; the first two names outside of blocks."""
+        """The path up to the innermost numbered block; the first name outside of blocks."""
         numbers = list(_NUMBER.finditer(self.path))
-        return self.path[: numbers[-1].end()] if numbers else '.'.join(self.path.split('.')[:2])
+        return self.path[: numbers[-1].end()] if numbers else self.path.split('.')[0]
 
 
 @dataclass(frozen=True)

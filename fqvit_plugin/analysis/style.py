@@ -7,7 +7,7 @@ __all__ = ['SCRIPT', 'STYLE']
 # Every text colour has a contrast of at least 4.5 against its background, in light and in dark.
 STYLE = """
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #16202c; --soft: #52606f; --line: #d6dce3;
-  --accent: #1f5fa8; --good: #2f7d5b; --fair: #a86400; --low: #b3261e; --bar-good: #4f9d7c; --bar-fair: #d99a2b;
+  --accent: #1f5fa8; --good: #2f7d5b; --fair: #925700; --low: #b3261e; --bar-good: #4f9d7c; --bar-fair: #d99a2b;
   --bar-low: #d5564c; --mark: #16202c; --covered: #a9c6e8; --seen: #1f5fa8; --area: #5b8fc9; }
 @media (prefers-color-scheme: dark) { :root { --bg: #10151b; --card: #182029; --text: #e6ebf1; --soft: #a3b0be;
   --line: #303b47; --accent: #86b8f2; --good: #79cfa7; --fair: #efb55c; --low: #ff8f85; --bar-good: #4c9a79;
@@ -24,6 +24,7 @@ a { color: var(--accent); }
 .soft, header p, footer { color: var(--soft); }
 .facts { display: flex; flex-wrap: wrap; gap: 4px 22px; margin: 0; padding: 0; font-size: .9rem; color: var(--soft); }
 .facts div { display: flex; gap: 6px; } .facts dt, .facts dd { margin: 0; overflow-wrap: anywhere; }
+.facts dt { flex: none; }
 .facts dd { color: var(--text); }
 nav { margin: 16px 0 0; } nav ul { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; margin: 0;
   padding: 0; }
@@ -32,7 +33,7 @@ nav a { display: inline-block; padding: 4px 0; }
 .card, .panel, details, .scroll { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
 .card { padding: 14px 16px; } .card .label { color: var(--soft); font-size: .86rem; }
 .card .figure { font-size: 1.65rem; font-weight: 650; line-height: 1.3; font-variant-numeric: tabular-nums; }
-.card .note { color: var(--soft); font-size: .86rem; }
+.card .note { color: var(--soft); font-size: .86rem; overflow-wrap: anywhere; } .card { min-width: 0; }
 .ends { display: flex; justify-content: space-between; gap: 8px; font-size: .78rem; color: var(--soft);
   margin: 2px 0 8px; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); } .fair { color: var(--fair); } .low { color: var(--low); }
@@ -87,9 +88,10 @@ details svg { height: 74px; } figure { margin: 0; } figcaption { font-size: .82r
 footer { margin-top: 48px; padding-bottom: 32px; font-size: .86rem; }
 @media (max-width: 600px) { header, main, footer { padding-left: 14px; padding-right: 14px; }
   h1 { font-size: 1.4rem; }
-  .cards { grid-template-columns: 1fr 1fr; gap: 10px; } .card { padding: 10px 12px; }
+  .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; } .card { padding: 10px 12px; }
   .card .figure { font-size: 1.3rem; }
-  th, td { padding: 6px 8px; } .tools label { width: 100%; } }
+  th, td { padding: 6px 8px; } #tensors tbody th { white-space: normal; min-width: 10.5rem; }
+  .tools label { width: 100%; } }
 @media (min-width: 601px) { #tensors tbody th, #tensors thead th:first-child { position: sticky; left: 0;
   background: var(--card); } #tensors thead th:first-child { z-index: 2; } }
 @media print { :root { --bg: #fff; --card: #fff; --text: #000; --soft: #444; } body { font-size: 10pt; }

@@ -91,7 +91,10 @@ def _summary(report: Report, analysis: Analysis) -> Table:
     table = _sizes(report)
     if (log2 := analysis.log2_range()) is not None:
         count, low, high = log2
-        table.add_row('log2 grid', Text(f'{count} tensors, {low:.1f} to {high:.1f} dB; 14 where probabilities spread, more where they peak'))
+        table.add_row(
+            'log2 grid',
+            Text(f'{count} tensors, {low:.1f} to {high:.1f} dB; 14 where probabilities spread, more where they peak'),
+        )
     end = analysis.end_to_end
     text = Text(format_decibels(end.sqnr), _COLOUR[quality(end.sqnr)])
     if end.agreement is not None:
