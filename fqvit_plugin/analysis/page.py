@@ -44,6 +44,11 @@ class PageInfo:
     calibration: str = ''
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def title(self) -> str:
+        """The config's name, which says more than the model's; that one where there is no config."""
+        return self.config.removesuffix('.py') or self.model
+
     @classmethod
     def of(cls, classifier: Any, cfg: Any, calibration: str = '') -> PageInfo:
         """Of a classifier and the config it was built from, now; no folder of this machine is told."""
@@ -52,7 +57,7 @@ class PageInfo:
         name = type(backbone).__name__.removeprefix('Q')
         versions = {name: _version(name) for name in ('fqvit_plugin', 'mmengine', 'mmpretrain', 'torch')}
         return cls(
-            model=f'{name} {arch}' if isinstance(arch, str) else name,
+            model=f'{name}, arch {arch}' if isinstance(arch, str) else name,
             date=datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
             config=os.path.basename(getattr(cfg, 'filename', None) or ''),
             calibration=calibration,
@@ -81,7 +86,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def render_page(info: PageInfo, report: Report, analysis: Analysis) -> str:
     """The page as text; everything that comes from outside is escaped."""
-    title = escape(f'{info.model}: FQ-ViT calibration')
+    title = escape(f'{info.title}: FQ-ViT calibration')
     sections = [
         _cards(report, analysis),
         _errors(analysis),
@@ -105,7 +110,7 @@ def render_page(info: PageInfo, report: Report, analysis: Analysis) -> str:
 def _header(info: PageInfo, report: Report) -> str:
     facts = {
         'Scheme': f'{report.scheme.name}, {report.recipe}',
-        'Config': info.config,
+        'Model': info.model,
         'Calibrated on': info.calibration,
         'Date': info.date,
         'Versions': ', '.join(f'{name} {version}' for name, version in info.versions.items()),
@@ -120,7 +125,7 @@ def _header(info: PageInfo, report: Report) -> str:
     }
     nav = ''.join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name in links.items())
     return (
-        f'<header><h1>{escape(info.model)}</h1><p>FQ-ViT calibration report</p><dl class="facts">{items}</dl>'
+        f'<header><h1>{escape(info.title)}</h1><p>FQ-ViT calibration report</p><dl class="facts">{items}</dl>'
         f'<nav aria-label="Sections"><ul>{nav}</ul></nav></header>'
     )
 
@@ -255,7 +260,7 @@ def _interval(pair: tuple[float, float] | None) -> str:
 
 
 _COLUMNS = (
-    'Tensor', 'Layer', 'Bits', 'Observer', '#SQNR, dB', '#In the model, dB', '#Saturated', '#Codes used', '#Scale',
+    'Tensor', '#SQNR, dB', '#In the model, dB', '#Saturated', 'Layer', 'Bits', 'Observer', '#Codes used', '#Scale',
     '#Highest scale', '#Zero point', 'PTF', '#Low', '#High', '#Seen low', '#Seen high',
 )  # fmt: skip
 
@@ -283,6 +288,7 @@ def _row(r: TensorRecord) -> str:
         _cell(r.sqnr, format_decibels(r.sqnr).removesuffix(' dB'), quality(r.sqnr)),
         _cell(r.total_sqnr, format_decibels(r.total_sqnr).removesuffix(' dB')),
         _cell(r.saturated, format_share(r.saturated)),
+        *(f'<td>{escape(text)}</td>' for text in (r.kind, r.bits, r.observer)),
         _cell(r.codes_used / r.codes if r.codes else None, f'{r.codes_used} of {r.codes}'),
         _cell(None if scales is None else scales.median),
         _cell(None if scales is None else scales.highest),
@@ -290,8 +296,7 @@ def _row(r: TensorRecord) -> str:
         f'<td>{escape(" / ".join(map(str, scales.shifts)) if scales else "")}</td>',
         *(_cell(v) for v in (*covered, *r.seen)),
     ]
-    words = ''.join(f'<td>{escape(text)}</td>' for text in (r.kind, r.bits, r.observer))
-    return f'<tr data-kind="{escape(r.kind)}"><th scope="row">{_breakable(r.path)}</th>{words}{"".join(cells)}</tr>'
+    return f'<tr data-kind="{escape(r.kind)}"><th scope="row">{_breakable(r.path)}</th>{"".join(cells)}</tr>'
 
 
 def _cell(value: float | None, text: str | None = None, kind: str = '') -> str:

@@ -72,7 +72,7 @@ tbody th { font-weight: 500; }
 thead button { border: 0; padding: 0; background: none; font-weight: 600; white-space: nowrap; }
 th[aria-sort=ascending] button::after { content: ' \\2191'; }
   th[aria-sort=descending] button::after { content: ' \\2193'; }
-tbody tr:hover { background: color-mix(in srgb, var(--accent) 9%, var(--card)); }
+tbody tr:hover, #tensors tbody tr:hover th { background: color-mix(in srgb, var(--accent) 9%, var(--card)); }
 .short { max-width: 70ch; } .short th, .short td { white-space: normal; overflow-wrap: anywhere;
   vertical-align: top; }
 details { margin: 0 0 8px; } summary { cursor: pointer; padding: 9px 14px; overflow-wrap: anywhere;
@@ -89,10 +89,11 @@ footer { margin-top: 48px; padding-bottom: 32px; font-size: .86rem; }
 @media (max-width: 600px) { header, main, footer { padding-left: 14px; padding-right: 14px; }
   h1 { font-size: 1.4rem; }
   .cards { grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px; } .card { padding: 10px 12px; }
-  .card .figure { font-size: 1.3rem; }
+  .card .figure { font-size: 1.3rem; } .card:last-child:nth-child(odd) { grid-column: span 2; }
   th, td { padding: 6px 8px; } #tensors tbody th { white-space: normal; min-width: 10.5rem; }
   .tools label { width: 100%; } }
-@media (min-width: 601px) { #tensors tbody th, #tensors thead th:first-child { position: sticky; left: 0;
+@media (min-width: 601px) { #tensors wbr { display: none; }
+  #tensors tbody th, #tensors thead th:first-child { position: sticky; left: 0;
   background: var(--card); } #tensors thead th:first-child { z-index: 2; } }
 @media print { :root { --bg: #fff; --card: #fff; --text: #000; --soft: #444; } body { font-size: 10pt; }
   nav, .tools, .skip { display: none; } .scroll { overflow: visible; max-height: none; border: 0; }
