@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -61,6 +61,15 @@ class Report:
         for path, reason in self.left_float.items():
             grouped.setdefault(reason, []).append(path)
         return list(grouped.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, without the scheme, which has its own."""
+        return {
+            'layers': [asdict(entry) for entry in self.entries],
+            'left_float': self.left_float,
+            'float_bytes': self.float_bytes,
+            'quantized_bytes': self.quantized_bytes,
+        }
 
     def __str__(self) -> str:
         """One screen, plain text for logs; :mod:`fqvit_plugin.analysis.terminal` has the one in colour."""

@@ -12,6 +12,7 @@ import fqvit_plugin as fq
 from fqvit_plugin.analysis.collect import analyse
 from fqvit_plugin.analysis.measure import Tally, histogram
 from fqvit_plugin.analysis.records import decibels
+from fqvit_plugin.intmath import log_int_softmax_
 from fqvit_plugin.lifecycle import phase_of
 from fqvit_plugin.phase import Phase
 
@@ -140,6 +141,26 @@ def test_a_weight_and_an_activation_by_hand():
         float(10 * torch.log10(x.square().sum() / error.square().sum())), abs=1e-3
     )
     assert found[path].seen == pytest.approx((float(x.min()), float(x.max())))
+
+
+def test_log_int_softmax_by_hand():
+    """Against the float softmax of logits that lie on their grid already, so that their own error is not in it."""
+    model = models.quantized(models.vit(), models.batches(2))
+    (batch,) = models.batches(1)
+    found = {r.path: r for r in analyse(model, [batch], run).tensors}
+    path = 'backbone.layers.1.attn'
+    seen = []
+    act = model.get_submodule(f'{path}.logits_act')
+    hook = act.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    fq.dequant(model)
+    with torch.no_grad():
+        run(model, batch)
+    hook.remove()
+    steps = act.quantizer.steps(seen[0])
+    expected = torch.softmax((steps * act.scale).double(), -1)
+    error = expected - log_int_softmax_(steps.clone(), act.scale, 4).double()
+    by_hand = 10 * torch.log10(expected.square().sum() / error.square().sum())
+    assert found[f'{path}.probs'].sqnr == pytest.approx(float(by_hand), abs=1e-3)
 
 
 def test_end_to_end_by_hand():

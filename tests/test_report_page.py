@@ -299,6 +299,13 @@ def test_the_hook_fills_tensorboard_also_from_a_calibrated_checkpoint(images, tm
     assert histogram.max == pytest.approx(float(weight.detach().abs().max()), rel=0.02)
 
 
+def test_the_hook_writes_the_page_under_training(images, tmp_path):
+    cfg = project(images, tmp_path / 'work', train_cfg__max_epochs=1)
+    cfg.custom_hooks[0].update(report='report.html')
+    runner(cfg).train()
+    assert 'backbone.<wbr>layers.1' in (tmp_path / 'work' / 'report.html').read_text(encoding='utf-8')
+
+
 def test_the_hook_refuses_a_page_that_is_none():
     with pytest.raises(ValueError, match=r"such as report\.html, got 'report\.txt'"):
         fq.QuantHook(report='report.txt')
@@ -328,11 +335,26 @@ def test_the_tool_writes_page_and_figures(job, tmp_path, capsys):
     said = capsys.readouterr().out
     assert '\x1b[' not in said
     assert str(page) in said
-    tensors = json.loads(figures.read_text())['tensors']
+    told = json.loads(figures.read_text())
+    tensors = told['tensors']
+    assert fq.QuantScheme.from_dict(told['scheme']) == fq.get_scheme('fqvit_w8a8_attn4')
+    assert told['quantized_bytes'] < told['float_bytes']
+    assert {layer['path'] for layer in told['layers']} >= {t['path'] for t in tensors}
     text = page.read_text(encoding='utf-8').replace('<wbr>', '')
     assert all(f'<th scope="row">{t["path"]}</th>' in text for t in tensors)
     assert '<h1>config</h1>' in text
     assert str(tmp_path) not in text
+
+
+def test_ctrl_c_while_measuring_leaves_nothing(job, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, 'analyse_on', interrupt)
+    page = tmp_path / 'r.html'
+    assert calibrate.main([*job, '--out', str(tmp_path / 'q.pth'), '--batches', '1', '--report', str(page)]) == 130
+    assert 'nothing was written' in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

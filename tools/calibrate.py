@@ -108,16 +108,17 @@ def calibrate(args: argparse.Namespace) -> None:
     model = build_classifier(cfg, args.checkpoint, args.device)
     report = fq.quantize_model_(model, scheme)
     calibrate_on_(model, data, logger)
+    analysis = analyse_on(model, data)  # before anything is written, so that an interruption leaves nothing
     model.dataset_meta = getattr(data.loader.dataset, 'metainfo', None)
     save_calibrated(args.out, model, scheme, image_names(data.loader.dataset, data.indices))
     console = Console(highlight=False)
-    analysis = analyse_on(model, data)
     print_report(console, report, analysis)
     if args.report is not None:
         info = PageInfo.of(model, cfg, f'{len(data.indices)} images in {len(data.batches)} batches')
         write_text(args.report, render_page(info, report, analysis))
     if args.json is not None:
-        write_text(args.json, json.dumps(analysis.to_dict(), allow_nan=False))
+        figures = {'scheme': scheme.to_dict(), **report.to_dict(), **analysis.to_dict()}
+        write_text(args.json, json.dumps(figures, allow_nan=False))
     written = ', '.join(str(path) for path in (args.out, args.report, args.json) if path is not None)
     console.print(f'calibrated on {len(data.indices)} images; saved to {written}', soft_wrap=True, markup=False)
 
