@@ -78,7 +78,11 @@ def _worst(analysis: Analysis) -> Table:
         table.add_column(title, justify='right', no_wrap=True)
     for r in analysis.worst():
         table.add_row(
-            Text(r.path), Text(r.bits), _coloured(r), format_decibels(r.total_sqnr), format_share(r.saturated)
+            Text(r.path.removeprefix('backbone.')),
+            Text(r.bits),
+            _coloured(r),
+            format_decibels(r.total_sqnr),
+            format_share(r.saturated),
         )
     return table
 
