@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import fqvit_plugin
 from fqvit_plugin import QIntLayerNorm, get_scheme, quantize_model_
+from fqvit_plugin.blocks.common import linked
 from fqvit_plugin.lifecycle import named_quantizers
 from fqvit_plugin.phase import QuantLayer
 
@@ -112,7 +113,7 @@ def assert_operands_on_grids(model: nn.Module, x: Tensor) -> None:
         return hook
 
     def check_norm(norm: nn.Module, args: Any, kwargs: Any) -> None:
-        x, act = args[0], args[1]
+        x, act = args[:2] if len(args) > 1 else (args[0], linked(norm))
         scale = act.scale if act.scale.ndim == 0 else act.scale.repeat_interleave(kwargs.get('repeat', 1))
         codes = x / scale
         assert (codes - codes.round()).abs().max() < 1e-2, 'a LayerNorm reads another grid than it was told'
@@ -122,7 +123,7 @@ def assert_operands_on_grids(model: nn.Module, x: Tensor) -> None:
     for path, module in model.named_modules():
         if isinstance(module, QuantLayer) and hasattr(module, 'weight_quantizer'):
             handles.append(module.register_forward_pre_hook(check_layer(path)))
-        elif isinstance(module, QIntLayerNorm) and not hasattr(module, 'out_act'):
+        elif isinstance(module, QIntLayerNorm):
             handles.append(module.register_forward_pre_hook(check_norm, with_kwargs=True))
     with GridWatch() as watch:
         run(model, x)

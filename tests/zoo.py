@@ -47,7 +47,7 @@ SVT = dict(PCPVT, type='SVT', arch=dict(TWINS_ARCH, window_sizes=[3, 3]))
 MVIT = dict(type='MViT', arch=MVIT_ARCH, img_size=32)
 NO_ABSOLUTE = dict(use_abs_pos_emb=True, use_rel_pos_bias=False)
 
-DAVIT = dict(type='DaViT', arch=SWIN_ARCH, window_size=4, out_indices=(1,))
+DAVIT = dict(type='DaViT', arch=dict(SWIN_ARCH, depths=(1, 1)), window_size=4, out_indices=(1,))
 
 #: name -> (how to build it, image size)
 ZOO: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, int]]] = {
@@ -109,7 +109,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], int | tuple[int, int]]] = {
     'mvit, no residual pooling': (lambda: pooled(MVIT, 48, residual_pooling=False, qkv_bias=False), 32),
     'mvit, another size, not square': (lambda: pooled(MVIT, 48), (48, 40)),
     'davit': (lambda: pooled(DAVIT, 48), 32),
-    'davit, several stages': (lambda: backbone(DAVIT, out_indices=(0, 1)), 32),
+    'davit, several stages': (lambda: backbone(DAVIT, arch=SWIN_ARCH, out_indices=(0, 1)), 32),
     'davit, no norm on features': (lambda: backbone(DAVIT, out_indices=(0, 1), norm_cfg=None), 32),
     'davit, another size, padded maps': (lambda: pooled(DAVIT, 48, pad_small_map=True, qkv_bias=False), (24, 40)),
     'davit, out after downsample': (lambda: pooled(DAVIT, 48, out_after_downsample=True), 32),
