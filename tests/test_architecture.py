@@ -26,6 +26,8 @@ ORDER = [
     'intmath',
     'phase',
     'layers',
+    'structure',
+    'overrides',
     'lifecycle',
     'blocks',
     'blocks.common',
