@@ -29,7 +29,9 @@ def apply_overrides_(model: nn.Module, scheme: QuantScheme) -> None:
     Raises:
         ValueError: a pattern matches no layer, or a field is about no layer that matches; names some that would.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, (QConv2d, QLinear, QAct, QIntSoftmax))}
+    layers: dict[str, Any] = {
+        n: m for n, m in model.named_modules() if isinstance(m, (QConv2d, QLinear, QAct, QIntSoftmax))
+    }
     for override in scheme.overrides:
         matching = {name: layer for name, layer in layers.items() if _matches(name, override)}
         for pattern in override.layers:
@@ -55,9 +57,8 @@ def _examples(layers: dict[str, Any]) -> str:
 
 
 def _is_about(layer: Any, field: str) -> bool:
-    if not isinstance(layer, _KINDS[field]):
-        return False
-    return field != 'observer' or layer.quantizer.spec.observer != 'ptf'
+    has_ptf = isinstance(layer, QAct) and layer.quantizer.spec.observer == 'ptf'
+    return isinstance(layer, _KINDS[field]) and not (field == 'observer' and has_ptf)
 
 
 def _change_(layer: Any, override: Override) -> None:

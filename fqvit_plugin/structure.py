@@ -16,11 +16,13 @@ class Structure:
     """Every module of ``model`` with all its attributes; tensors and modules are noted, not copied."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._attributes = [(module, _shallow(module.__dict__)) for module in model.modules()]
+        # the class too: surgery gives a ViT backbone another one
+        self._modules = [(module, type(module), _shallow(module.__dict__)) for module in model.modules()]
 
     def restore_(self) -> None:
         """Give every module its attributes of that time back, parameters and submodules among them."""
-        for module, attributes in self._attributes:
+        for module, kind, attributes in self._modules:
+            module.__class__ = kind
             module.__dict__.clear()
             module.__dict__.update(_shallow(attributes))
 

@@ -44,6 +44,14 @@ ORDER = [
     'checkpoint',
     'apis',
     'hooks',
+    'search',
+    'search.nni_compat',
+    'search.space',
+    'search.objective',
+    'search.setup',
+    'search.trial',
+    'search.experiment',
+    'search.results',
     '',  # the package itself
     'configs',  # for users' configs to inherit; nothing of the package may need it
     'configs.fqvit',
