@@ -46,6 +46,8 @@ ORDER = [
     'hooks',
     'search',
     'search.nni_compat',
+    'search.nni_config',
+    'search.nni_quantizer',
     'search.space',
     'search.objective',
     'search.setup',

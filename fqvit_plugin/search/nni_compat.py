@@ -50,13 +50,13 @@ def import_nni() -> Any:
 
 
 def import_compression() -> Any:
-    """The module ``nni.compression.base.compressor``; its import warns of much that is deprecated today."""
+    """The package ``nni.compression.base``; its import warns of much that is deprecated today."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         import nni.compression
-        import nni.compression.base.compressor as compressor
-        import nni.compression.base.config  # noqa: F401
-    return compressor
+        import nni.compression.base.compressor
+        import nni.compression.base.config
+    return nni.compression.base
 
 
 def reserve_port() -> int:

@@ -40,8 +40,9 @@ _TENSORS: tuple[tuple[str, str | None, str | None], ...] = (
     (r'downsample\.norm', None, 'downsample.norm_act'),
     (r'downsample\.reduction', 'downsample.norm_act', 'downsample.residual_act'),
     (r'neck', None, 'neck.out_act'),
-    (r'head\.fc', 'neck.out_act', 'head.fc.out_act'),
-    (r'head\.layers\.head', 'backbone.output_act', 'head.layers.head.out_act'),
+    (r'head\.fc', 'neck.out_act', None),
+    (r'head\.layers\.pre_logits', 'backbone.output_act', None),
+    (r'head\.layers\.head(?:_dist)?', 'backbone.output_act', None),
 )
 
 
@@ -56,9 +57,9 @@ def scheme_of(model: nn.Module, config_list: Sequence[Mapping[str, Any]], scheme
     Raises:
         ValueError: an entry that NNI's schema refuses, selects nothing, or asks for what FQ-ViT does not do.
     """
-    compressor = import_compression()
-    entries = compressor.trans_legacy_config_list(copy.deepcopy([dict(e) for e in config_list]))
-    schema = compressor.default_config_schema('quantization')
+    nni_config = import_compression().config
+    entries = nni_config.trans_legacy_config_list(copy.deepcopy([dict(e) for e in config_list]))
+    schema = nni_config.default_config_schema('quantization')
     places = tensors_of(model, scheme)
     chosen: dict[tuple[str, str], int] = {}
     for number, entry in enumerate(entries):
@@ -80,8 +81,7 @@ def _read_entry(
     chosen: dict[tuple[str, str], int],
 ) -> None:
     """Put the bits of one entry into ``chosen``: (field of an override, path) -> bits."""
-    compressor_config = import_compression().select_modules_by_config
-    modules, settings, fused = compressor_config(model, entry)
+    modules, settings, fused = import_compression().config.select_modules_by_config(model, entry)
     if fused:
         raise ValueError('fuse_names: there is nothing to fuse, MMPretrain transformers have no batch norm')
     if not modules:
@@ -180,6 +180,10 @@ def _targets(name: str, named: Mapping[str, nn.Module]) -> dict[str, str]:
             prefix = match[1] or ''
             found = {_INPUT: _beside(prefix, source), _OUTPUT: _beside(prefix, result)}
             break
+    if f'{name}.out_act' in named:  # classifiers, Swin's output norms
+        found[_OUTPUT] = f'{name}.out_act'
+    if 'head.layers.pre_logits' in named and name == 'head.layers.head':
+        found[_INPUT] = 'head.layers.act.1'
     found.update(_norm_targets(name, named, found))
     if isinstance(named.get(name), (QConv2d, QLinear)):
         found['weight'] = name
@@ -205,9 +209,7 @@ def _norm_targets(name: str, named: Mapping[str, nn.Module], found: Mapping[str,
     targets = {}
     if hasattr(linked_module, '_input_act') and not found.get(_INPUT):
         targets[_INPUT] = paths[id(linked(linked_module))]
-    if f'{name}.out_act' in named:  # Swin's output norms
-        targets[_OUTPUT] = f'{name}.out_act'
-    elif name == 'backbone.ln1':
+    if name == 'backbone.ln1':
         last = max(
             (p for p in named if re.fullmatch(r'backbone\.layers\.\d+', p)), key=lambda p: int(p.split('.')[2])
         )

@@ -23,7 +23,7 @@ from .nni_config import scheme_of
 __all__ = ['FQViTQuantizer']
 
 _logger = logging.getLogger('nni.fqvit_plugin')
-_Quantizer: Any = import_compression().Quantizer
+_Quantizer: Any = import_compression().compressor.Quantizer
 
 
 class FQViTQuantizer(_Quantizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -58,11 +59,14 @@ def make_space(
     """
     sizes = objective.weight_sizes(base)
     groups = derive_groups(sizes, grouping)
+    weights8 = sum(g.num_bytes(8) for g in groups)
+    names = [n for n in ('ptf', 'lis', 'attn_bits') if n in options]
     fixed = {}
-    for ptf in (True, False):
-        total = objective.num_bytes({**base, 'ptf': ptf, 'weight_bits': 8, 'overrides': []})
-        fixed[json.dumps(ptf)] = total - sum(g.num_bytes(8) for g in groups)
-    uniform8 = fixed[json.dumps(base.get('ptf', True))] + sum(g.num_bytes(8) for g in groups)
+    combinations = itertools.product(*(options[n] for n in names))
+    for values in [[], *map(list, combinations)]:
+        scheme = {**base, **dict(zip(names, values, strict=False)), 'overrides': []}
+        fixed[Space.fixed_key(scheme)] = objective.num_bytes({**scheme, 'weight_bits': 8}) - weights8
+    uniform8 = fixed[Space.fixed_key(base)] + weights8
     limit = parse_budget(budget, uniform8)
     space = Space(base, groups, tuple(weight_bits), fixed, limit, options)
     for name, values in options.items():  # a value that does not exist must not cost a trial

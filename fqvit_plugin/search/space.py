@@ -101,7 +101,7 @@ class Space:
         base: ``quant_scheme`` of the config as a dict; what is not searched stays as it says.
         groups: each gets its weight bits.
         weight_bits: widths a group may have, ascending.
-        fixed_bytes: bytes of everything but weights, with ``ptf`` ``'true'`` and ``'false'``.
+        fixed_bytes: :meth:`fixed_key` of options -> bytes of everything but weights.
         budget: most bytes a recipe may take; ``None`` for no limit.
         options: option of ``get_scheme`` -> the values it may take; ``observer`` values may read
             ``'percentile:0.999'``.
@@ -117,17 +117,24 @@ class Space:
     def __post_init__(self) -> None:
         if not self.weight_bits or list(self.weight_bits) != sorted(set(self.weight_bits)):
             raise ValueError(f'weight bits must ascend, each once, got {list(self.weight_bits)}')
-        for ptf in self.options.get('ptf', [self.base.get('ptf', True)]):
-            smallest = self.num_bytes({g.name: self.weight_bits[0] for g in self.groups}, ptf)
+        narrowest = sum(g.num_bytes(self.weight_bits[0]) for g in self.groups)
+        for fixed in self.fixed_bytes.values():
+            smallest = fixed + narrowest
             if self.budget is not None and smallest > self.budget:
                 raise ValueError(
                     f'the budget of {self.budget:,} bytes cannot be met: with {self.weight_bits[0]} bits everywhere '
                     f'the model takes {smallest:,}. Raise the budget or allow fewer bits'
                 )
 
-    def num_bytes(self, bits: Mapping[str, int], ptf: bool) -> int:
+    def num_bytes(self, bits: Mapping[str, int], options: Mapping[str, Any]) -> int:
         """Bytes of the model with these bits for each group, as surgery's report counts them."""
-        return self.fixed_bytes[json.dumps(ptf)] + sum(g.num_bytes(bits[g.name]) for g in self.groups)
+        fixed = self.fixed_bytes[self.fixed_key({**self.base, **options})]
+        return fixed + sum(g.num_bytes(bits[g.name]) for g in self.groups)
+
+    @staticmethod
+    def fixed_key(scheme: Mapping[str, Any]) -> str:
+        """The part of ``quant_scheme`` that decides how many scales there are."""
+        return json.dumps([scheme.get(name) for name in ('ptf', 'lis', 'attn_bits')])
 
     def to_nni(self) -> dict[str, Any]:
         """NNI's form; an option with a single value is not searched."""
@@ -144,8 +151,7 @@ class Space:
         single = {k: v[0] for k, v in self.options.items()}
         options = {k: point.get(k, v) for k, v in single.items()}
         bits = {g.name: point.get(f'bits/{g.name}', self.weight_bits[0]) for g in self.groups}
-        bits = self._fitted(bits, options.get('ptf', self.base.get('ptf', True)))
-        return self.build(bits, options)
+        return self.build(self._fitted(bits, options), options)
 
     def uniform(self, bits: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The ``quant_scheme`` with the same weight bits everywhere."""
@@ -157,7 +163,7 @@ class Space:
         for group in self.groups:
             weights[bits[group.name]] += sum(group.sizes)
         (common, _) = weights.most_common(1)[0]
-        given = list(self.base.get('overrides', []))
+        given = [rest for o in self.base.get('overrides', []) if len(rest := _without_weight_bits(o)) > 1]
         for width in sorted(set(bits.values()) - {common}):
             layers = [p for g in self.groups if bits[g.name] == width for p in g.layers]
             given.append({'layers': layers[0] if len(layers) == 1 else layers, 'weight_bits': width})
@@ -165,20 +171,20 @@ class Space:
         scheme.update({k: _option(v) for k, v in options.items()}, weight_bits=common)
         return {**scheme, 'overrides': given} if given else scheme
 
-    def _fitted(self, bits: dict[str, int], ptf: bool) -> dict[str, int]:
+    def _fitted(self, bits: dict[str, int], options: Mapping[str, Any]) -> dict[str, int]:
         if self.budget is None:
             return bits
-        while self.num_bytes(bits, ptf) > self.budget:
+        while self.num_bytes(bits, options) > self.budget:
             reducible = [g for g in self.groups if bits[g.name] > self.weight_bits[0]]
             widest = max(reducible, key=lambda g: (bits[g.name], sum(g.sizes)))
             bits[widest.name] = self._step(bits[widest.name], -1)
         while True:
             higher = [{**bits, n: self._step(b, 1)} for n, b in bits.items() if b < self.weight_bits[-1]]
-            fitting = [h for h in higher if self.num_bytes(h, ptf) <= self.budget]
+            fitting = [h for h in higher if self.num_bytes(h, options) <= self.budget]
             if not fitting:
                 return bits
             # sorted widths: the one that raises the narrowest group is the largest of these lists
-            bits = max(fitting, key=lambda h: (sorted(h.values()), -self.num_bytes(h, ptf)))
+            bits = max(fitting, key=lambda h: (sorted(h.values()), -self.num_bytes(h, options)))
 
     def _step(self, bits: int, by: int) -> int:
         return self.weight_bits[self.weight_bits.index(bits) + by]
@@ -192,6 +198,11 @@ class Space:
         """What :meth:`to_dict` wrote."""
         groups = tuple(Group(g['name'], tuple(g['layers']), tuple(g['sizes'])) for g in data['groups'])
         return cls(**{**data, 'groups': groups, 'weight_bits': tuple(data['weight_bits'])})
+
+
+def _without_weight_bits(override: Mapping[str, Any]) -> dict[str, Any]:
+    """The search decides about weights; what the config overrides beside them stays."""
+    return {k: v for k, v in override.items() if k != 'weight_bits'}
 
 
 def _option(value: Any) -> Any:
