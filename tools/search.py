@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import warnings
@@ -91,6 +92,8 @@ def _with_alphas(observer: str, alphas: Sequence[float]) -> list[str]:
 def _check_folder(args: argparse.Namespace) -> None:
     if (args.out / 'experiment.json').exists() and not args.resume:
         raise ValueError(f'{args.out} holds an experiment: add --resume to go on with it, or name another --out')
+    if args.resume and not (args.out / 'experiment.json').exists():
+        raise ValueError(f'{args.out} holds no experiment to resume: start it without --resume')
     args.out.mkdir(parents=True, exist_ok=True)
 
 
@@ -121,7 +124,8 @@ def search(args: argparse.Namespace) -> None:
 
 def _check_same(job: Job, before: Job) -> None:
     pairs = [(vars(job.setting), vars(before.setting)), (job.space.to_dict(), before.space.to_dict())]
-    different = [k for now, then in pairs for k in now if now[k] != then[k]]
+    # through JSON, which the earlier one came from: tuples are lists there
+    different = [k for now, then in pairs for k in now if json.dumps(now[k]) != json.dumps(then[k])]
     if different:
         raise ValueError(f'--resume: {", ".join(different)} differs from what the experiment was started with')
 

@@ -111,7 +111,7 @@ class Objective:
         self.cfg = load_config(Path(setting.config), setting.cfg_options)
         self.model = build_classifier(self.cfg, setting.checkpoint, setting.device)
         self.calibration, self.scoring = _images(self.cfg, setting)
-        self._logger = MMLogger.get_instance('fqvit_search', log_level='ERROR')
+        self._logger = _quiet_logger()
         self._float_logits, self._labels = self._logits()
 
     @property
@@ -175,6 +175,13 @@ class Objective:
             logits.append(model(**data, mode='tensor').float().cpu())
             labels += [_label(sample) for sample in data['data_samples']]
         return torch.cat(logits), torch.tensor(labels)
+
+
+def _quiet_logger() -> MMLogger:
+    """A logger for calibrations, of which there are many, that says nothing but errors."""
+    name = 'fqvit_search'
+    options = {} if MMLogger.check_instance_created(name) else {'log_level': 'ERROR'}  # a second time they warn
+    return MMLogger.get_instance(name, **options)
 
 
 def _images(cfg: Config, setting: Setting) -> tuple[CalibrationSet, CalibrationSet]:

@@ -59,8 +59,9 @@ def describe(recipe: dict[str, Any], groups: Sequence[Group] = ()) -> str:
 def make_table(
     outcomes: Sequence[Outcome], winner: Outcome, float_top1: float, groups: Sequence[Group] = (), limit: int = 12
 ) -> Table:
-    """The best recipes and every baseline, best first."""
-    ranked = sorted(outcomes, key=lambda o: (-o.score, o.num_bytes))
+    """The best recipes, each once, and every baseline, best first."""
+    first = {(o.source, o.key): o for o in reversed(outcomes)}
+    ranked = sorted(first.values(), key=lambda o: (-o.score, o.num_bytes))
     searched = {id(o) for o in [o for o in ranked if o.source == 'search'][:limit]}
     table = Table(box=box.SIMPLE_HEAD, title=f'float: top-1 {float_top1:.2f} %', title_justify='left')
     for name in ('', 'source'):
@@ -68,10 +69,10 @@ def make_table(
     for name in ('top-1 %', 'divergence', 'MB'):
         table.add_column(name, no_wrap=True, justify='right')
     table.add_column('recipe')
-    front = {id(o) for o in pareto(outcomes)}
+    front = {id(o) for o in pareto(ranked)}
     for outcome in ranked:
-        if outcome.source != 'search' or id(outcome) in searched or outcome is winner:
-            mark = '>' if outcome is winner else '*' if id(outcome) in front else ''
+        if outcome.source != 'search' or id(outcome) in searched or outcome == winner:
+            mark = '>' if outcome == winner else '*' if id(outcome) in front else ''
             numbers = f'{outcome.top1:.2f}', f'{outcome.divergence:.5f}', f'{outcome.num_bytes / 1e6:.4f}'
             table.add_row(mark, outcome.source, *numbers, describe(outcome.recipe, groups))
     table.caption = (
