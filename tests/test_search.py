@@ -11,8 +11,10 @@ import itertools
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import search
 import torch
@@ -380,11 +382,22 @@ def test_an_experiment_runs_and_is_resumed(setting, tmp_path, monkeypatch, capsy
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
     command = [
-        setting.config, setting.checkpoint, '--out', str(out), '--budget', '0.7', '--weight-bits', '3', '8',
-        '--batches', '2', '--score-batches', '2', '--tuner', 'random', '--observers', 'minmax', '--fix', 'ptf', 'lis',
+        setting.config, setting.checkpoint, '--out', str(out), '--budget', '0.7',
+        '--weight-bits', '2', '3', '4', '6', '8', '--batches', '2', '--score-batches', '2', '--tuner', 'random', '--observers', 'minmax',
+        '--fix', 'ptf', 'lis',
     ]  # fmt: skip
+    listening = set()
+
+    def look(line):  # while NNI runs: a trial has just finished
+        if line.startswith('trial'):
+            children = psutil.Process().children(recursive=True)
+            listening.update(c.laddr.ip for p in children for c in p.net_connections('inet') if c.status == 'LISTEN')
+        print(line, file=sys.stderr)
+
+    monkeypatch.setattr(search, '_say', look)
     assert search.main([*command, '--trials', '1']) == 0
     assert 'trial 1/1: top-1' in capsys.readouterr().err
+    assert listening == {'127.0.0.1'}
     assert search.main([*command, '--trials', '2']) == 2
     assert 'holds an experiment: add --resume' in capsys.readouterr().err
     assert search.main([*command, '--trials', '2', '--resume', '--seed', '1']) == 2
@@ -395,7 +408,9 @@ def test_an_experiment_runs_and_is_resumed(setting, tmp_path, monkeypatch, capsy
     assert 'trial 1/2' not in printed.err
     assert 'written: ' in printed.out
     data = json.loads((out / 'results.json').read_text())
-    assert len([o for o in data['measured'] if o['source'] == 'search']) == 2
+    recipes = [o['recipe'] for o in data['measured'] if o['source'] == 'search']
+    assert len(recipes) == 2
+    assert recipes[0] != recipes[1]  # the tuner does not begin anew
     assert {'uniform W3', 'uniform W8'} <= {o['source'] for o in data['measured']}
     assert data['best']['num_bytes'] <= data['budget']
     assert parse_scheme(Config.fromfile(out / 'best.py').quant_scheme) == parse_scheme(data['best']['recipe'])

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .nni_compat import import_nni, loopback_at, reserve_port
+from .nni_compat import amend_experiment, import_nni, loopback_at, reserve_port
 from .objective import Outcome
 from .trial import Job
 
@@ -91,13 +91,14 @@ def run_experiment(
     name = json.loads(state.read_text(encoding='utf-8'))['id'] if resume else None
     with loopback_at(folder):
         experiment = Experiment('local', id=name)
-        _configure(experiment.config, job, plan, folder)
+        # with the same seed a resumed tuner would propose the same points again
+        _configure(experiment.config, job, plan, folder, plan.seed + len(list(job.outcomes())))
+        if resume:
+            amend_experiment(folder / 'nni' / experiment.id, experiment.config)
         state.write_text(json.dumps({'id': experiment.id}), encoding='utf-8')
         port = reserve_port()
         try:
             (experiment.resume if resume else experiment.run)(port, wait_completion=False)
-            if resume:  # NNI would keep the number of trials it was started with
-                experiment.update_max_trial_number(plan.trials)
             _follow(experiment, job, plan, say)
         finally:
             experiment.stop()
@@ -107,7 +108,7 @@ def run_experiment(
     return outcomes
 
 
-def _configure(config: Any, job: Job, plan: Plan, folder: Path) -> None:
+def _configure(config: Any, job: Job, plan: Plan, folder: Path, seed: int) -> None:
     code = folder / 'code'  # NNI copies this folder for every trial: it holds the job and nothing else
     code.mkdir(parents=True, exist_ok=True)
     job.save(code / 'job.json')
@@ -122,14 +123,13 @@ def _configure(config: Any, job: Job, plan: Plan, folder: Path) -> None:
     config.nni_manager_ip = '127.0.0.1'
     config.training_service.use_active_gpu = False
     config.tuner.name, arguments = TUNERS[plan.tuner]
-    config.tuner.class_args = {**arguments, **({'seed': plan.seed} if plan.tuner in _SEEDED else {})}
+    config.tuner.class_args = {**arguments, **({'seed': seed} if plan.tuner in _SEEDED else {})}
 
 
 def _follow(experiment: Any, job: Job, plan: Plan, say: Callable[[str], None]) -> None:
     """Wait until NNI has no more trials, or they no longer improve."""
     told = {o.trial for o in job.outcomes()}
     failed: set[str] = set()
-    raised = time.monotonic() + 30  # a resumed experiment is done until NNI has noticed the larger number of trials
     while True:
         try:
             status, jobs = experiment.get_status(), experiment.list_trial_jobs()
@@ -147,10 +147,9 @@ def _follow(experiment: Any, job: Job, plan: Plan, say: Callable[[str], None]) -
         if plan.is_exhausted([o.score for o in outcomes]):
             say(f'stopped: {plan.patience} trials without a better one')
             return
-        waiting = status == 'DONE' and len(jobs) < plan.trials and time.monotonic() < raised
-        if status in ('DONE', 'STOPPED', 'ERROR') and not waiting:
-            if status == 'ERROR':
-                raise RuntimeError('the NNI manager reports an error; see its log under the experiment folder')
+        if status == 'ERROR':
+            raise RuntimeError('the NNI manager reports an error; see its log under the experiment folder')
+        if status in ('DONE', 'STOPPED'):
             return
         time.sleep(_POLL)
 

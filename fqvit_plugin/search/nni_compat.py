@@ -5,17 +5,19 @@ NNI 3.0 (2023) is archived; nothing here will be mended upstream.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
+import sqlite3
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ['import_compression', 'import_nni', 'loopback_at', 'reserve_port']
+__all__ = ['amend_experiment', 'import_compression', 'import_nni', 'loopback_at', 'reserve_port']
 
 #: Loaded into NNI's node process before its own code. NNI's REST server listens on every interface, and its list
 #: of experiments lies under the home folder, both without an option.
@@ -65,6 +67,22 @@ def reserve_port() -> int:
         probe.bind(('127.0.0.1', 0))
         port: int = probe.getsockname()[1]
     return port
+
+
+def amend_experiment(folder: Path, config: Any) -> None:
+    """Let a stopped experiment go on with ``config``.
+
+    NNI resumes with what its database says: the old number of trials, and the old seed, with which a tuner would
+    propose the same points once more.
+
+    Raises:
+        ValueError: ``folder`` holds no database of NNI.
+    """
+    database = folder / 'db' / 'nni.sqlite'
+    if not database.is_file():
+        raise ValueError(f'the experiment cannot be resumed: there is no {database}')
+    with closing(sqlite3.connect(database)) as connection, connection:
+        connection.execute('UPDATE ExperimentProfile SET params = ?', (json.dumps(config.json()),))
 
 
 @contextmanager
