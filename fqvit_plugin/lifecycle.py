@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'calibrate_',
+    'calibrating',
     'close_calibrate',
     'dequant',
     'named_quantizers',
@@ -148,7 +149,7 @@ def dequant(model: nn.Module) -> None:
 
 
 @contextmanager
-def _calibration(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module) -> Iterator[None]:
     """Open calibration, and leave the model in float with its old parameters when it breaks off."""
     open_calibrate(model)
     try:
@@ -196,7 +197,7 @@ def calibrate_(
         raise ValueError('no calibration batch: the calibration data set is empty') from None
     model.eval()
     count = 1
-    with _calibration(model):
+    with calibrating(model):
         if sync is not None:
             run = sync.guard(run)
             sync.defer(model)

@@ -16,8 +16,10 @@ from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
 from .blocks.family import Family, class_path, short_name
 from .blocks.refused import refusal
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
+from .overrides import apply_overrides_
 from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
+from .structure import all_or_nothing
 
 __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
 
@@ -113,7 +115,8 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
         What was quantized, and what stays float and why.
 
     Raises:
-        ValueError: the backbone or a part of it is not covered; nothing was changed then.
+        ValueError: the backbone or a part of it is not covered, or an override matches nothing; nothing was
+            changed then.
     """
     if not isinstance(scheme, QuantScheme):
         raise ValueError(f'scheme must come from get_scheme(...), got {scheme!r}')
@@ -123,14 +126,16 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
     classifier = find_classifier(model)
     float_bytes = count_bytes(classifier)
     make = LayerFactory(scheme, next(backbone.parameters()).device)
-    family.quantize_(backbone, make)
-    for module in backbone.modules():
-        # NumPy's numbers, from linspace over the depth, would break torch.compile's graphs at every block.
-        if hasattr(module, 'drop_prob'):
-            module.drop_prob = float(module.drop_prob)
-    if classifier is not backbone:
-        _quantize_neck_(classifier, make)
-        _quantize_head_(classifier, make)
+    with all_or_nothing(classifier):
+        family.quantize_(backbone, make)
+        for module in backbone.modules():
+            # NumPy's numbers, from linspace over the depth, would break torch.compile's graphs at every block.
+            if hasattr(module, 'drop_prob'):
+                module.drop_prob = float(module.drop_prob)
+        if classifier is not backbone:
+            _quantize_neck_(classifier, make)
+            _quantize_head_(classifier, make)
+        apply_overrides_(classifier, scheme)
     return _report(classifier, scheme, float_bytes)
 
 
