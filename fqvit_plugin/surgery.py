@@ -10,7 +10,7 @@ from typing import Any
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from torch import nn
 
-from .blocks import swin, vit
+from .blocks import swin, swin_dense, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
 from .blocks.family import Family, class_path
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
@@ -20,7 +20,7 @@ from .scheme import QuantScheme
 __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
 
 #: What can be quantized; the first that names the model's class treats it.
-FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY)
+FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY, swin_dense.FAMILY)
 
 #: Backbones that look alike and are not covered, with the reason.
 REFUSED = {
@@ -30,7 +30,8 @@ REFUSED = {
 
 def covered_backbones() -> list[str]:
     """Names of the backbones that can be quantized."""
-    return [path.rpartition('.')[2] for family in FAMILIES for path in family.models]
+    names = (path.rpartition('.')[2] for family in FAMILIES for path in family.models)
+    return list(dict.fromkeys(names))  # MMSegmentation's and MMDetection's have the name of MMPretrain's
 
 
 def _family_of(backbone: nn.Module) -> Family | None:
@@ -119,13 +120,18 @@ def _quantize_head_(classifier: Any, make: LayerFactory) -> None:
                 setattr(layers, name, nn.Sequential(layer, make.act()))
 
 
+#: Float layers worth a line in the report.
+_COMPUTES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 _KINDS = (QConv2d, QLinear, QAct, QIntLayerNorm, QIntSoftmax)
 
 
 def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
     entries = []
-    left_float = {}
+    left_float = _float_parts(model)
+    parts = tuple(left_float)
     for name, module in model.named_modules():
+        if name.startswith(tuple(f'{part}.' for part in parts)) or name in parts:
+            continue
         kind = next((k for k in _KINDS if isinstance(module, k)), None)
         if kind is not None:
             entries.append(LayerEntry(name, kind.__name__, _bits(module, scheme)))
@@ -133,6 +139,16 @@ def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
         if reason:
             left_float[name] = reason
     return Report(scheme, tuple(entries), left_float, float_bytes, count_bytes(model))
+
+
+def _float_parts(model: nn.Module) -> dict[str, str]:
+    """Parts beside the backbone without a Q layer, such as a decode head: one reason each, not one for each layer."""
+    reasons = {}
+    for name, part in model.named_children():
+        count = sum(isinstance(m, _COMPUTES) for m in part.modules())
+        if name != 'backbone' and count > 1 and not is_quantized(part) and hasattr(model, 'backbone'):
+            reasons[name] = f"{type(part).__name__}'s {count} layers: FQ-ViT's blocks are in the backbone"
+    return reasons
 
 
 def _bits(module: Any, scheme: QuantScheme) -> str:
@@ -154,6 +170,6 @@ def _why_float(module: Any, kind: type | None, scheme: QuantScheme) -> str | Non
         return None
     if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU)):
         return 'the activation function is float; its output is quantized'
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
+    if isinstance(module, _COMPUTES):
         return f'{type(module).__name__} outside the blocks that are covered'
     return None

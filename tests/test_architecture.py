@@ -32,6 +32,7 @@ ORDER = [
     'blocks.family',
     'blocks.vit',
     'blocks.swin',
+    'blocks.swin_dense',
     'report',
     'surgery',
     'checkpoint_io',
