@@ -6,18 +6,37 @@ the package's and is only made smaller), and beside it the quantized one, which 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import mmcv
 import numpy as np
+from mmengine.utils import digit_version
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 OUR_BASE = ROOT / 'configs' / '_base_' / 'fqvit.py'
 
+#: Before PYTHONPATH's other entries, its sitecustomize.py stands in for what mmcv-lite leaves out.
+STANDIN = ROOT / 'tests' / 'mmcv_ops'
+_NEEDS = {'mmseg': ('ftfy', 'regex'), 'mmdet': ('pycocotools', 'shapely', 'terminaltables', 'six')}
+
+
+def why_not(package: str) -> str | None:
+    """Why MMSegmentation or MMDetection cannot be imported here, or None."""
+    missing = [name for name in (package, *_NEEDS[package]) if importlib.util.find_spec(name) is None]
+    if missing:
+        return f'{", ".join(missing)} not installed'
+    if digit_version(mmcv.__version__) >= digit_version('2.2.0'):
+        return f'{package} refuses mmcv {mmcv.__version__}: it wants one below 2.2.0'
+    return None
+
+
 #: A Swin of four stages with 12 to 96 channels.
 _BACKBONE = (
-    'dict(embed_dims=12, depths=[1, 1, 2, 1], num_heads=[2, 2, 4, 4], window_size=4, drop_path_rate=0.0, init_cfg=None)'
+    'dict(embed_dims=12, depths=[1, 1, 2, 1], num_heads=[2, 2, 4, 4], window_size=4, '
+    'drop_path_rate=0.0, init_cfg=None)'
 )
 
 SEG_FLOAT = """\
@@ -57,7 +76,8 @@ model = dict(
                 type='Shared2FCBBoxHead', in_channels=16, fc_out_channels=16, roi_feat_size=7, num_classes=2,
                 reg_class_agnostic=True,
                 bbox_coder=dict(
-                    type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4, target_stds=[0.1 / k, 0.1 / k, 0.2 / k, 0.2 / k]),
+                    type='DeltaXYWHBBoxCoder', target_means=[0.0] * 4,
+                    target_stds=[0.1 / k, 0.1 / k, 0.2 / k, 0.2 / k]),
                 loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False), loss_bbox=dict(type='SmoothL1Loss'))
             for k in (1, 2, 3)
         ],
@@ -129,7 +149,9 @@ def detection_project(folder: Path, train: int = 4, val: int = 2) -> Path:
                 box = dict(bbox=[x, y, w, h], area=w * h, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]])
                 annotations.append(dict(id=len(annotations), image_id=i, category_id=category, iscrowd=0, **box))
         names = [dict(id=1, name='ball'), dict(id=2, name='box')]
-        (root / f'{split}.json').write_text(json.dumps(dict(images=images, annotations=annotations, categories=names)))
+        (root / f'{split}.json').write_text(
+            json.dumps(dict(images=images, annotations=annotations, categories=names))
+        )
     text = DET_FLOAT.format(backbone=_BACKBONE, root=str(root), val=str(root / 'val.json'))
     (folder / 'mine.py').write_text(text)
     return _quantized(folder)
