@@ -64,7 +64,7 @@ test_dataloader = val_dataloader
 """
 
 DET_FLOAT = """\
-_base_ = ['mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py']
+_base_ = ['mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_ms-3x_coco.py']
 model = dict(
     backbone=dict(_delete_=True, type='SwinTransformer', **{backbone}),
     neck=dict(in_channels=[12, 24, 48, 96], out_channels=16),
@@ -95,7 +95,7 @@ test_pipeline = [
 dataset = dict(data_root={root!r}, metainfo=dict(classes=('ball', 'box'), palette=[(220, 20, 60), (0, 0, 142)]))
 train_dataloader = dict(
     num_workers=0, persistent_workers=False,
-    dataset=dict(ann_file='train.json', data_prefix=dict(img='train/'), **dataset))
+    dataset=dict(dataset=dict(ann_file='train.json', data_prefix=dict(img='train/'), **dataset)))  # RepeatDataset
 val_dataloader = dict(
     num_workers=0, persistent_workers=False,
     dataset=dict(ann_file='val.json', data_prefix=dict(img='val/'), pipeline=test_pipeline, **dataset))

@@ -46,7 +46,7 @@ def test_our_documents_hold():
         capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
-    assert 'docs-check: 9 documents' in run.stdout
+    assert 'docs-check: 10 documents' in run.stdout
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,12 @@ def test_our_documents_hold():
         (fence('bash', 'python tools/gone.py'), 'there is no tools/gone.py'),
         (fence('bash', MIM), 'mim test needs --checkpoint'),
         (fence('bash', 'mim test mmpretrain configs/gone.py -C x.pth'), 'there is no configs/gone.py'),
+        (
+            fence('bash', 'mim test mmsegmentation configs/mmseg/gone.py -C x.pth'),
+            'there is no configs/mmseg/gone.py',
+        ),
+        (fence('bash', 'mim test mmdet CONFIG'), 'mim test needs --checkpoint'),
+        (fence('bash', 'mim test mmyolo CONFIG -C x.pth'), "invalid choice: 'mmyolo'"),
         (fence('bash', f'{MIM} -C x.pth --ampp'), 'unrecognized arguments: --ampp'),
         (
             fence('bash', f'{MIM} -C x \\', '  --cfg-options quant_scheme=fqvit'),

@@ -154,7 +154,9 @@ def test_mmpretrains_swin_inside_a_segmentor(mmseg):
     )
     backbone = dict(type='mmpretrain.SwinTransformer', arch=arch, img_size=64, window_size=4, out_indices=(0, 1))
     model = randomized(
-        MODELS.build(dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=dict(mode='whole')))
+        MODELS.build(
+            dict(type='EncoderDecoder', backbone=backbone, decode_head=head, test_cfg=ConfigDict(mode='whole'))
+        )
     )
     report = fq.quantize_model_(model, fq.get_scheme('fqvit_w8a8'))
     assert all(entry.path.startswith('backbone.') for entry in report.entries)

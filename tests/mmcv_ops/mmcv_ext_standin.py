@@ -54,3 +54,8 @@ def install() -> None:
     extension: Any = _Extension('mmcv._ext')
     extension.nms, extension.roi_align_forward = _nms, _roi_align_forward
     sys.modules['mmcv._ext'] = extension
+    transformer: Any = sys.modules.get('mmcv.cnn.bricks.transformer')
+    if transformer is not None:  # it was imported before, and went without
+        from mmcv.ops.multi_scale_deform_attn import MultiScaleDeformableAttention
+
+        transformer.MultiScaleDeformableAttention = MultiScaleDeformableAttention
