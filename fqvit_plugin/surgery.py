@@ -66,13 +66,13 @@ def check_model(model: nn.Module) -> Any:
 
 
 def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
-    """Swap the blocks of an MMPretrain classifier, or of a bare backbone, for quantized twins, in place.
+    """Swap the blocks of a classifier, segmentor, detector or bare backbone for quantized twins, in place.
 
     The twins share the float model's parameters. In phase float, where the model is left, it computes what it
     computed before; calibrate it and call ``quant`` to see it quantized.
 
     Args:
-        model: ``ImageClassifier`` (also inside a wrapper) or one of the covered backbones.
+        model: one with a covered ``backbone`` (also inside a wrapper), or a covered backbone itself.
         scheme: from :func:`~fqvit_plugin.scheme.get_scheme`.
 
     Returns:

@@ -18,10 +18,15 @@ import calibrate
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.model import BaseModel, ImgDataPreprocessor
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmpretrain.models import SwinTransformer
+from PIL import Image
+from torch import nn
 
 import fqvit_plugin as fq
+from fqvit_plugin.calibration import CalibrationSet, calibrate_on_
 from fqvit_plugin.scheme import parse_scheme
 from fqvit_plugin.surgery import FAMILIES, check_model
 
@@ -171,6 +176,45 @@ def test_mmpretrains_swin_inside_a_segmentor(mmseg):
     for crop, same in (((64, 96), True), ((64, 64), False)):
         model.test_cfg = ConfigDict(mode='slide', crop_size=crop, stride=(32, 32))
         assert torch.equal(model.inference(images, meta), whole) is same
+
+
+class Dense(BaseModel):
+    """A model with a head of its own, as a segmentor is, made of parts that are always installed."""
+
+    def __init__(self):
+        super().__init__(ImgDataPreprocessor(mean=[127.5] * 3, std=[127.5] * 3))
+        arch = {key: SWIN[key] for key in ('embed_dims', 'depths', 'num_heads')}
+        self.backbone = SwinTransformer(arch=arch, img_size=32, window_size=4, out_indices=(0, 1))
+        self.decode_head = nn.Sequential(nn.Conv2d(24, 8, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1))
+
+    def extract_feat(self, inputs):
+        return self.backbone(inputs)
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        return self.decode_head(self.extract_feat(inputs)[-1])
+
+
+def test_a_model_with_a_head_of_its_own(tmp_path):
+    """Calibration needs the backbone only, one image at a time whatever the sizes; the head is one line."""
+    sizes = [(36, 50), (41, 64), (57, 33)]
+    for i, (height, width) in enumerate(sizes):
+        (tmp_path / 'a').mkdir(exist_ok=True)
+        Image.new('RGB', (width, height), (40 * i, 90, 200 - 30 * i)).save(tmp_path / 'a' / f'{i}.png')
+    init_default_scope('mmpretrain')
+    pipeline = [dict(type='LoadImageFromFile'), dict(type='PackInputs')]
+    dataset = dict(type='CustomDataset', data_root=str(tmp_path), pipeline=pipeline)
+    cfg = dict(calib_dataloader=None, train_dataloader=dict(dataset=dataset), test_dataloader=dict(dataset=dataset))
+    model, seen = randomized(Dense()), []
+    report = fq.quantize_model_(model, fq.get_scheme('fqvit_w8a8'))
+    model.decode_head.register_forward_pre_hook(lambda *_: pytest.fail('calibration ran the float head'))
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+    assert calibrate_on_(model, CalibrationSet.build(cfg, 3), MMLogger.get_current_instance()) == 3
+    assert sorted(seen) == sizes
+    fq.quant(model)
+    assert all(entry.path.startswith('backbone.') for entry in report.entries)
+    heads = {name: reason for name, reason in report.left_float.items() if not name.startswith('backbone.')}
+    assert heads == {'decode_head': "Sequential's 3 layers: FQ-ViT's blocks are in the backbone"}
+    assert "     1 x Sequential's 3 layers" in str(report)
 
 
 # ---------------------------------------------------------------- configs
