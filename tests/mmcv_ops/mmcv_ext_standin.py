@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -47,12 +48,11 @@ def install() -> None:
     mmcv = importlib.util.find_spec('mmcv')
     if mmcv is None or mmcv.submodule_search_locations is None or 'mmcv._ext' in sys.modules:
         return
-    from importlib.machinery import PathFinder
-
     if PathFinder.find_spec('mmcv._ext', list(mmcv.submodule_search_locations)) is not None:
         return
     extension: Any = _Extension('mmcv._ext')
     extension.nms, extension.roi_align_forward = _nms, _roi_align_forward
+    extension.__spec__ = ModuleSpec('mmcv._ext', None, origin=__file__)  # MMEngine asks for it
     sys.modules['mmcv._ext'] = extension
     transformer: Any = sys.modules.get('mmcv.cnn.bricks.transformer')
     if transformer is not None:  # it was imported before, and went without
