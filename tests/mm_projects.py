@@ -55,10 +55,19 @@ dataset = dict(
 test_pipeline = [
     dict(type='LoadImageFromFile'),
     dict(type='Resize', scale=(128, 64), keep_ratio=True),
-    dict(type='LoadAnnotations', reduce_zero_label=True),
+    dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
-train_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dataset)
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(type='Resize', scale=(128, 64), keep_ratio=True),
+    dict(type='RandomCrop', crop_size=(64, 64)),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(
+    batch_size=4, num_workers=0, persistent_workers=False, dataset=dict(pipeline=train_pipeline, **dataset))
 val_dataloader = dict(num_workers=0, persistent_workers=False, dataset=dict(pipeline=test_pipeline, **dataset))
 test_dataloader = val_dataloader
 """
@@ -127,8 +136,10 @@ def segmentation_project(folder: Path, train: int = 4, val: int = 2) -> Path:
     root = folder / 'ade'
     for split, count in (('training', train), ('validation', val)):
         for i, (height, width) in enumerate(_sizes(count)):
-            labels = np.repeat(rng.integers(0, 4, (1, width)), height, axis=0)  # stripes; 0 is ignored
-            image = 60 * labels[..., None] + rng.integers(0, 60, (height, width, 3))
+            bands = rng.permutation([1, 2, 3])[np.arange(width) * 3 // width]  # three bands, each class one
+            bands[:3] = 0  # not labelled
+            labels = np.repeat(bands[None], height, axis=0)
+            image = 150 * (labels[..., None] == [1, 2, 3]) + rng.integers(0, 100, (height, width, 3))
             _write(root / 'images' / split / f'{i}.jpg', image)
             _write(root / 'annotations' / split / f'{i}.png', labels)
     (folder / 'mine.py').write_text(SEG_FLOAT.format(backbone=_BACKBONE, root=str(root)))
