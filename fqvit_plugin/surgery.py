@@ -11,7 +11,7 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmpretrain.models.utils import QuickGELU
 from torch import nn
 
-from .blocks import beit, davit, eva02, mvit, swin, swinv2, timm_swin, timm_vit, twins, vit
+from .blocks import beit, davit, eva02, mvit, swin, swin_dense, swinv2, timm_swin, timm_vit, twins, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
 from .blocks.family import Family, class_path, short_name
 from .blocks.refused import refusal
@@ -27,6 +27,7 @@ __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_mode
 FAMILIES: tuple[Family, ...] = (
     vit.FAMILY,
     swin.FAMILY,
+    swin_dense.FAMILY,
     beit.FAMILY,
     eva02.FAMILY,
     swinv2.FAMILY,
@@ -101,13 +102,13 @@ def check_model(model: nn.Module) -> Any:
 
 
 def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
-    """Swap the blocks of an MMPretrain classifier, a bare backbone or a timm model for quantized twins, in place.
+    """Swap the blocks of a classifier, segmentor, detector, bare backbone or timm model for quantized twins, in place.
 
     The twins share the float model's parameters. In phase float, where the model is left, it computes what it
     computed before; calibrate it and call ``quant`` to see it quantized.
 
     Args:
-        model: ``ImageClassifier`` or ``TimmClassifier`` (also inside a wrapper), or one of the covered backbones;
+        model: one with a covered ``backbone`` (also inside a wrapper), a covered backbone itself, or ``TimmClassifier``;
             a timm model is a whole classifier, and its head is quantized too.
         scheme: from :func:`~fqvit_plugin.scheme.get_scheme`.
 
@@ -159,13 +160,18 @@ def _quantize_head_(classifier: Any, make: LayerFactory) -> None:
                 setattr(layers, name, nn.Sequential(layer, make.act()))
 
 
+#: Float layers worth a line in the report.
+_COMPUTES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 _KINDS = (QConv2d, QLinear, QAct, QIntLayerNorm, QIntSoftmax)
 
 
 def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
     entries = []
-    left_float = {}
+    left_float = _float_parts(model)
+    parts = tuple(left_float)
     for name, module in model.named_modules():
+        if name.startswith(tuple(f'{part}.' for part in parts)) or name in parts:
+            continue
         kind = next((k for k in _KINDS if isinstance(module, k)), None)
         if kind is not None:
             entries.append(LayerEntry(name, kind.__name__, _bits(module, scheme)))
@@ -173,6 +179,16 @@ def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
         if reason:
             left_float[name] = reason
     return Report(scheme, tuple(entries), left_float, float_bytes, count_bytes(model))
+
+
+def _float_parts(model: nn.Module) -> dict[str, str]:
+    """Parts beside the backbone without a Q layer, such as a decode head: one reason each, not one for each layer."""
+    reasons = {}
+    for name, part in model.named_children():
+        count = sum(isinstance(m, _COMPUTES) for m in part.modules())
+        if name != 'backbone' and count > 1 and not is_quantized(part) and hasattr(model, 'backbone'):
+            reasons[name] = f"{type(part).__name__}'s {count} layers: FQ-ViT's blocks are in the backbone"
+    return reasons
 
 
 def _bits(module: Any, scheme: QuantScheme) -> str:
@@ -196,6 +212,6 @@ def _why_float(module: Any, kind: type | None, scheme: QuantScheme) -> str | Non
         return str(reason)
     if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU, QuickGELU)):
         return 'the activation function is float; its output is quantized'
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
+    if isinstance(module, _COMPUTES):
         return f'{type(module).__name__} outside the blocks that are covered'
     return None

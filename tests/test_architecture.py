@@ -46,6 +46,7 @@ ORDER = [
     'blocks.timm_vit',
     'blocks.timm_swin',
     'blocks.refused',
+    'blocks.swin_dense',
     'report',
     'surgery',
     'checkpoint_io',

@@ -66,6 +66,12 @@ def test_our_documents_hold():
         (fence('bash', 'python tools/gone.py'), 'there is no tools/gone.py'),
         (fence('bash', MIM), 'mim test needs --checkpoint'),
         (fence('bash', 'mim test mmpretrain configs/gone.py -C x.pth'), 'there is no configs/gone.py'),
+        (
+            fence('bash', 'mim test mmsegmentation configs/mmseg/gone.py -C x.pth'),
+            'there is no configs/mmseg/gone.py',
+        ),
+        (fence('bash', 'mim test mmdet CONFIG'), 'mim test needs --checkpoint'),
+        (fence('bash', 'mim test mmyolo CONFIG -C x.pth'), "invalid choice: 'mmyolo'"),
         (fence('bash', f'{MIM} -C x.pth --ampp'), 'unrecognized arguments: --ampp'),
         (
             fence('bash', f'{MIM} -C x \\', '  --cfg-options quant_scheme=fqvit'),

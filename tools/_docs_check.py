@@ -5,7 +5,8 @@
 - a ``python`` block runs, the blocks of one document in one namespace; one that starts with ``_base_`` is read as a
   config, its scheme parsed and its QuantHook built;
 - a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, a tool's own argparse
-  parser, MMPretrain's test and train options, a config that exists and can be read with these ``--cfg-options``.
+  parser, the test and train options of an OpenMMLab package, a config that exists and can be read with these
+  ``--cfg-options``.
 
 A block is left out only by a comment on the line before it: ``<!-- docs-check: skip: REASON -->``.
 """
@@ -44,7 +45,9 @@ _WRITTEN = {'work_dirs', '.venv', 'data'}
 _SUFFIXES = {'.md', '.py', '.sh', '.toml', '.txt'}
 #: Commands of which nothing here is the authority.
 _FOREIGN = {'cd', 'git', 'pip', 'source'}
-_COMMAND = re.compile(r'(?:make|python3?|mim \w+ mmpretrain) +\S')
+#: What mim calls a package -> how Python imports it.
+_MIM = {'mmpretrain': 'mmpretrain', 'mmsegmentation': 'mmseg', 'mmdet': 'mmdet'}
+_COMMAND = re.compile(rf'(?:make|python3?|mim \w+ (?:{"|".join(_MIM)})) +\S')
 
 
 @dataclass(frozen=True)
@@ -257,10 +260,13 @@ def _python_problem(arguments: Sequence[str], root: Path) -> str | None:
 
 
 def _mim_problem(arguments: Sequence[str], root: Path) -> str | None:
-    """``mim test`` and ``mim train``: mim's own options, then those of MMPretrain's script."""
+    """``mim test`` and ``mim train``: mim's own options, then those of the package's script.
+
+    MMSegmentation and MMDetection are no dependencies of ours: without them, mim's part is checked.
+    """
     mim = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mim.add_argument('verb', choices=('test', 'train'))
-    mim.add_argument('package', choices=('mmpretrain',))
+    mim.add_argument('package', choices=tuple(_MIM))
     mim.add_argument('config')
     for short, name in (('-C', '--checkpoint'), ('-l', '--launcher'), ('-G', '--gpus'), ('-g', '--gpus-per-node')):
         mim.add_argument(short, name)
@@ -270,7 +276,16 @@ def _mim_problem(arguments: Sequence[str], root: Path) -> str | None:
     known, rest = parsed
     if known.verb == 'test' and known.checkpoint is None:
         return 'mim test needs --checkpoint'
-    script = _import_file(_mmpretrain() / '.mim' / 'tools' / f'{known.verb}.py')
+    package = _MIM[known.package]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return f'{package} is not installed' if package == 'mmpretrain' else None
+    try:
+        script = _import_file(Path(spec.origin).parent / '.mim' / 'tools' / f'{known.verb}.py')
+    except (ImportError, AssertionError):  # it refuses the installed mmcv, or lacks its compiled ops
+        if package == 'mmpretrain':
+            raise
+        return None
     positional = [known.config, known.checkpoint] if known.verb == 'test' else [known.config]
     with mock.patch.object(sys, 'argv', [known.verb, *positional, *rest]), mock.patch.dict(os.environ):
         args, problem = _parse(lambda _: script.parse_args(), ())
@@ -294,6 +309,9 @@ def config_problem(path: Path, options: dict[str, Any] | None) -> str | None:
     from fqvit_plugin.registry import HOOKS
     from fqvit_plugin.scheme import parse_scheme
 
+    base = path.parent.name  # configs/mmseg and configs/mmdet inherit from packages that need not be here
+    if base in _MIM.values() and importlib.util.find_spec(base) is None:
+        return None
     try:
         cfg = copy.deepcopy(_read_config(path.resolve()))
         cfg.merge_from_dict(options or {})
@@ -326,13 +344,6 @@ def _import_file(path: Path) -> Any:
     with mock.patch.object(sys, 'path', [str(path.parent), *sys.path]):
         spec.loader.exec_module(module)
     return module
-
-
-def _mmpretrain() -> Path:
-    spec = importlib.util.find_spec('mmpretrain')
-    if spec is None or spec.origin is None:
-        raise ValueError('mmpretrain is not installed')
-    return Path(spec.origin).parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:

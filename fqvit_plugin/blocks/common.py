@@ -18,6 +18,7 @@ __all__ = [
     'QPatchEmbed',
     'QPooling',
     'QPositionEncoding',
+    'adaptive_padding_of',
     'check_ffn',
     'check_norm',
     'check_patch_embed',
@@ -168,6 +169,11 @@ class QFFN(nn.Module):
         return self.dropout_layer(self.layers[2](x))
 
 
+def adaptive_padding_of(patches: Any) -> Any:
+    """What pads the input of a patch layer, or None; MMSegmentation and MMDetection call it ``adap_padding``."""
+    return patches.adaptive_padding if hasattr(patches, 'adaptive_padding') else patches.adap_padding
+
+
 class QPatchEmbed(nn.Module):
     """mmcv's PatchEmbed: image, convolution, tokens, and a LayerNorm for Swin.
 
@@ -180,7 +186,7 @@ class QPatchEmbed(nn.Module):
 
     def __init__(self, embed: Any, make: LayerFactory) -> None:
         super().__init__()
-        self.adaptive_padding = embed.adaptive_padding
+        self.adaptive_padding = adaptive_padding_of(embed)
         self.projection = make.conv(embed.projection)
         self.norm = None if embed.norm is None else make.norm(embed.norm)
         self.init_input_size, self.init_out_size = embed.init_input_size, embed.init_out_size

@@ -17,6 +17,7 @@ from .common import (
     LayerFactory,
     QNormAct,
     QPatchEmbed,
+    adaptive_padding_of,
     check_ffn,
     check_norm,
     check_patch_embed,
@@ -106,7 +107,7 @@ class QPatchMerging(nn.Module):
     def __init__(self, merging: Any, make: LayerFactory) -> None:
         super().__init__()
         self.in_channels, self.out_channels = merging.in_channels, merging.out_channels
-        self.adaptive_padding, self.sampler = merging.adaptive_padding, merging.sampler
+        self.adaptive_padding, self.sampler = adaptive_padding_of(merging), merging.sampler
         self.norm = make.norm(merging.norm)
         self.reduction = make.linear(merging.reduction)
         self.norm_act = make.act()
@@ -170,7 +171,8 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
     backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
     previous: QAct = backbone.patch_embed.last_act
     if backbone.use_abs_pos_embed:
-        backbone.drop_after_pos = QPositionedDropout(backbone.drop_after_pos, make.norm_input(backbone.embed_dims))
+        channels = backbone.absolute_pos_embed.shape[-1]
+        backbone.drop_after_pos = QPositionedDropout(backbone.drop_after_pos, make.norm_input(channels))
         previous = backbone.drop_after_pos.residual_act
     for s, stage in enumerate(backbone.stages):
         for b, block in enumerate(stage.blocks):
@@ -183,7 +185,7 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
             link(stage.downsample, previous)
             previous = stage.downsample.residual_act
         if s in backbone.out_indices:
-            read = previous if backbone.out_after_downsample else feature_act
+            read = previous if getattr(backbone, 'out_after_downsample', False) else feature_act
             norm = getattr(backbone, f'norm{s}')
             if not isinstance(norm, nn.Identity):  # norm_cfg=None: the feature leaves on the grid of `read`
                 setattr(backbone, f'norm{s}', QNormAct.wrap(norm, read, make))
