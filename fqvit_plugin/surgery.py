@@ -102,14 +102,14 @@ def check_model(model: nn.Module) -> Any:
 
 
 def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
-    """Swap the blocks of a classifier, segmentor, detector, bare backbone or timm model for quantized twins, in place.
+    """Swap the blocks of a classifier, segmentor, detector, backbone or timm model for quantized twins, in place.
 
     The twins share the float model's parameters. In phase float, where the model is left, it computes what it
     computed before; calibrate it and call ``quant`` to see it quantized.
 
     Args:
-        model: one with a covered ``backbone`` (also inside a wrapper), a covered backbone itself, or ``TimmClassifier``;
-            a timm model is a whole classifier, and its head is quantized too.
+        model: one with a covered ``backbone`` (also inside a wrapper), a covered backbone, or ``TimmClassifier``; a
+            timm model is a whole classifier, and its head is quantized too.
         scheme: from :func:`~fqvit_plugin.scheme.get_scheme`.
 
     Returns:

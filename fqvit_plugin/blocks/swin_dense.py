@@ -19,5 +19,5 @@ FAMILY = Family(
     ),
     check_swin,
     quantize_swin_,
-    covers='Swin of MMSegmentation and MMDetection, whose heads stay float: [segmentation and detection](mm_projects.md)',
+    covers='Swin in [segmentors and detectors](mm_projects.md), whose heads stay float',
 )
