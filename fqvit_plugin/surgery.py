@@ -1,6 +1,7 @@
 """Surgery: swap the blocks of a float model for quantized twins that share its weights, and report it.
 
-To cover a new backbone, write its twins and their ``FAMILY`` under ``blocks/`` and name it in ``FAMILIES``.
+To cover a new backbone, write its twins and their ``FAMILY`` under ``blocks/`` and name it in ``FAMILIES``; outside
+this package, call ``register_family``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
 
-__all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
+__all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_', 'register_family']
 
 #: What can be quantized; the first that names the model's class treats it.
 FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY)
+
+#: What users added.
+_ADDED: list[Family] = []
 
 #: Backbones that look alike and are not covered, with the reason.
 REFUSED = {
@@ -30,12 +34,27 @@ REFUSED = {
 
 def covered_backbones() -> list[str]:
     """Names of the backbones that can be quantized."""
-    return [path.rpartition('.')[2] for family in FAMILIES for path in family.models]
+    return [path.rpartition('.')[2] for family in (*FAMILIES, *_ADDED) for path in family.models]
+
+
+def register_family(family: Family) -> Family:
+    """Let surgery treat the models of ``family``; registered again, it takes the place of what was there.
+
+    Raises:
+        ValueError: the package covers one of these models itself.
+    """
+    ours = {path for known in FAMILIES for path in known.models}
+    taken = sorted(ours.intersection(family.models))
+    if taken:
+        raise ValueError(f'{", ".join(taken)}: covered by the package already; subclass it to treat it another way')
+    _ADDED[:] = [known for known in _ADDED if not set(known.models).intersection(family.models)]
+    _ADDED.append(family)
+    return family
 
 
 def _family_of(backbone: nn.Module) -> Family | None:
     path = class_path(type(backbone))
-    return next((family for family in FAMILIES if path in family.models), None)
+    return next((family for family in (*FAMILIES, *_ADDED) if path in family.models), None)
 
 
 def find_classifier(model: Any) -> Any:
