@@ -133,7 +133,11 @@ def _help() -> str:
 
 
 def _run(script: Path, prog: str, argv: Sequence[str]) -> int:
-    """Call ``main(argv)`` of a script, in this process; its exit status."""
+    """Call ``main(argv)`` of a script, in this process; its exit status.
+
+    Raises:
+        UsageError: the script needs a package that is not there.
+    """
     if importlib.util.find_spec('pkg_resources') is None:
         print(f'fqvit: {NO_PKG_RESOURCES}', file=sys.stderr)
     spec = importlib.util.spec_from_file_location(script.stem, script)
@@ -147,7 +151,10 @@ def _run(script: Path, prog: str, argv: Sequence[str]) -> int:
         mock.patch.object(sys, 'argv', [prog, *argv]),
         mock.patch.dict(sys.modules, {script.stem: module}),
     ):
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except ImportError as error:
+            raise UsageError(f'{script.stem} cannot start: {error}; `fqvit doctor` says what to install') from error
         return int(module.main(list(argv)) or 0)
 
 

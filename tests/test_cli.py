@@ -108,6 +108,12 @@ def test_unknown_commands(here, capsys, argv, said):
     assert said in capsys.readouterr().err
 
 
+def test_a_tool_that_cannot_be_imported_names_the_doctor(here, capsys):
+    (here / 'tools' / 'send.py').write_text('import no_such_module\n')
+    assert fqvit_cli.main(['send']) == 2
+    assert "No module named 'no_such_module'; `fqvit doctor` says what to install" in capsys.readouterr().err
+
+
 def test_a_clear_beginning_will_do(here, capsys):
     assert fqvit_cli.main(['sea', '0']) == 0
     assert fqvit_cli.main(['sen']) == 0
