@@ -1,6 +1,7 @@
 """Surgery: swap the blocks of a float model for quantized twins that share its weights, and report it.
 
-To cover a new backbone, write its twins and their ``FAMILY`` under ``blocks/`` and name it in ``FAMILIES``.
+To cover a new backbone, write its twins and their ``FAMILY`` under ``blocks/`` and name it in ``FAMILIES``; outside
+this package, call ``register_family``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
 from .structure import all_or_nothing
 
-__all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
+__all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_', 'register_family']
 
 #: What can be quantized; the first that names the model's class treats it.
 FAMILIES: tuple[Family, ...] = (
@@ -38,6 +39,9 @@ FAMILIES: tuple[Family, ...] = (
     timm_swin.FAMILY,
 )
 
+#: What users added.
+_ADDED: list[Family] = []
+
 #: Wrappers of MMPretrain -> where they keep the model that timm built.
 _TIMM_WRAPPERS = {
     'mmpretrain.models.classifiers.timm.TimmClassifier': 'model',
@@ -47,12 +51,27 @@ _TIMM_WRAPPERS = {
 
 def covered_backbones() -> list[str]:
     """Names of the backbones that can be quantized; those of other packages than MMPretrain bear the package's."""
-    return [short_name(path) for family in FAMILIES for path in family.models]
+    return [short_name(path) for family in (*FAMILIES, *_ADDED) for path in family.models]
+
+
+def register_family(family: Family) -> Family:
+    """Let surgery treat the models of ``family``; registered again, it takes the place of what was there.
+
+    Raises:
+        ValueError: the package covers one of these models itself.
+    """
+    ours = {path for known in FAMILIES for path in known.models}
+    taken = sorted(ours.intersection(family.models))
+    if taken:
+        raise ValueError(f'{", ".join(taken)}: covered by the package already; subclass it to treat it another way')
+    _ADDED[:] = [known for known in _ADDED if not set(known.models).intersection(family.models)]
+    _ADDED.append(family)
+    return family
 
 
 def _family_of(backbone: nn.Module) -> Family | None:
     path = class_path(type(backbone))
-    return next((family for family in FAMILIES if path in family.models), None)
+    return next((family for family in (*FAMILIES, *_ADDED) if path in family.models), None)
 
 
 def find_classifier(model: Any) -> Any:

@@ -77,6 +77,9 @@ def test_our_documents_hold():
             fence('bash', f'{MIM} -C x \\', '  --cfg-options quant_scheme=fqvit'),
             "unknown scheme 'fqvit'",
         ),
+        (fence('bash', 'fqvit calibate c.py x.pth'), "no command 'calibate'; did you mean calibrate?"),
+        (fence('bash', 'fqvit calibrate c.py x.pth --out q.pth --quick'), 'unrecognized arguments: --quick'),
+        (fence('bash', 'mim run fqvit_plugin calibrate c.py x.pth'), 'required: --out'),
         (fence('bash', 'curl -O file'), "cannot check 'curl'"),
         (fence('python', 'a = 1', '', '1 / 0'), 'line 3 of the example: ZeroDivisionError'),
         (fence('python', 'a = ('), 'SyntaxError'),
@@ -105,6 +108,7 @@ def test_a_planted_mistake_is_found(findings, text, said):
         fence('bash', '# make coffee', 'OMP_NUM_THREADS=1 make test ARGS="-k x" && cd .. | pip install -e .'),
         fence('bash', f'{MIM} --checkpoint X --tta --gpus 2 --cfg-options train_cfg.max_epochs=1'),
         fence('python', BASE, "custom_hooks = [dict(type='fqvit_plugin.QuantHook', scheme='fqvit_w8a8')]"),
+        fence('bash', 'fqvit doctor', 'fqvit convert a.pth b.pth', 'mim run fqvit_plugin calibrate c x --out q'),
         '- in a list\n\n  ' + fence('python', '  value = 1').replace('\n```', '\n  ```'),
     ],
 )
@@ -112,10 +116,12 @@ def test_what_is_right_passes(findings, text):
     assert findings(text) == []
 
 
-def test_blocks_of_one_document_share_names_and_leave_no_files(findings, tmp_path, monkeypatch):
+def test_blocks_of_one_document_share_names_and_files_and_leave_none(findings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = fence('python', 'from pathlib import Path', "Path('left.txt').write_text('x')", 'value = 2')
-    assert findings(first + 'and then\n' + fence('python', 'assert value == 2')) == []
+    second = fence('python', 'assert value == 2', "assert Path('left.txt').read_text() == 'x'")
+    assert findings(first + 'and then\n' + second) == []
+    assert 'FileNotFoundError' in findings(fence('python', "open('left.txt')"))[0]
     assert Path.cwd() == tmp_path
     assert not (tmp_path / 'left.txt').exists()
 

@@ -1,9 +1,9 @@
-"""Check what README.md and docs/ say: links, files, Python examples and commands.
+"""Check what README.md, CHANGELOG.md and docs/ say: links, files, Python examples and commands.
 
 - a relative link resolves, and so does its anchor;
 - a path in backticks exists (``*`` may stand in it);
-- a ``python`` block runs, the blocks of one document in one namespace; one that starts with ``_base_`` is read as a
-  config, its scheme parsed and its QuantHook built;
+- a ``python`` block runs, the blocks of one document in one namespace and one folder; one that starts with ``_base_``
+  is read as a config, its scheme parsed and its QuantHook built;
 - a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, a tool's own argparse
   parser, the test and train options of an OpenMMLab package, a config that exists and can be read with these
   ``--cfg-options``.
@@ -47,7 +47,7 @@ _SUFFIXES = {'.md', '.py', '.sh', '.toml', '.txt'}
 _FOREIGN = {'cd', 'git', 'pip', 'source'}
 #: What mim calls a package -> how Python imports it.
 _MIM = {'mmpretrain': 'mmpretrain', 'mmsegmentation': 'mmseg', 'mmdet': 'mmdet'}
-_COMMAND = re.compile(rf'(?:make|python3?|mim \w+ (?:{"|".join(_MIM)})) +\S')
+_COMMAND = re.compile(rf'(?:make|fqvit|python3?|mim \w+ (?:fqvit_plugin|{"|".join(_MIM)})) +\S')
 
 
 @dataclass(frozen=True)
@@ -164,31 +164,36 @@ class Checker:
 
     def _check_blocks(self, document: Document) -> None:
         namespace: dict[str, Any] = {'__name__': 'docs'}
-        for block in document.blocks:
-            if block.skip is not None:
-                if not block.skip:
-                    self._note(document, block.line, 'a skipped block needs a reason', 'snippets')
-            elif block.language == 'python':
-                self._note(document, block.line, run_snippet(block.text, namespace, self.root), 'snippets')
-            elif block.language == 'bash':
-                self._check_commands(document, block.line + 1, block.text)
+        with playground(self.root) as folder:
+            for block in document.blocks:
+                if block.skip is not None:
+                    if not block.skip:
+                        self._note(document, block.line, 'a skipped block needs a reason', 'snippets')
+                elif block.language == 'python':
+                    self._note(document, block.line, run_snippet(block.text, namespace, folder), 'snippets')
+                elif block.language == 'bash':
+                    self._check_commands(document, block.line + 1, block.text)
 
     def _check_commands(self, document: Document, line: int, text: str) -> None:
         for offset, words in split_commands(text):
             self._note(document, line + offset, command_problem(words, self.root), 'commands')
 
 
-def run_snippet(text: str, namespace: dict[str, Any], root: Path = ROOT) -> str | None:
-    """Run a Python example, or read it as a config; what went wrong, or None.
-
-    It runs in an empty folder in which ``configs`` and ``tools`` are the repository's.
-    """
-    is_config = text.lstrip().startswith('_base_')
-    here = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+@contextlib.contextmanager
+def playground(root: Path = ROOT) -> Iterator[Path]:
+    """A folder that is empty but for ``configs`` and ``tools``, which are the repository's."""
+    with tempfile.TemporaryDirectory() as folder:
         for name in ('configs', 'tools'):
             (Path(folder) / name).symlink_to(root / name)
-        os.chdir(folder)
+        yield Path(folder)
+
+
+def run_snippet(text: str, namespace: dict[str, Any], folder: Path) -> str | None:
+    """Run a Python example in ``folder``, or read it as a config; what went wrong, or None."""
+    is_config = text.lstrip().startswith('_base_')
+    here = Path.cwd()
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
         try:
             if is_config:
                 Path('snippet.py').write_text(text, encoding='utf-8')
@@ -234,6 +239,8 @@ def command_problem(words: Sequence[str], root: Path = ROOT) -> str | None:
     program, *arguments = words
     if program == 'make':
         return _make_problem(arguments, root)
+    if program == 'fqvit':
+        return _fqvit_problem(arguments, root)
     if program == 'mim':
         return _mim_problem(arguments, root)
     if Path(program).name in ('python', 'python3'):
@@ -245,6 +252,20 @@ def _make_problem(arguments: Sequence[str], root: Path) -> str | None:
     targets = set(re.findall(r'^([a-z][\w-]*):', (root / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE))
     unknown = [word for word in arguments if '=' not in word and word not in targets]
     return f'make has no target {unknown[0]}' if unknown else None
+
+
+def _fqvit_problem(arguments: Sequence[str], root: Path) -> str | None:
+    """``fqvit COMMAND``: what the tool of that name takes."""
+    import fqvit_cli
+
+    name, *rest = arguments or ['']
+    if name in fqvit_cli.BUILT_IN or name.startswith('-'):
+        return None
+    try:
+        tool = fqvit_cli.choose(name, list(fqvit_cli.tools(root / 'tools')), 'command')
+    except fqvit_cli.UsageError as error:
+        return str(error)
+    return _python_problem([f'tools/{tool}.py', *rest], root)
 
 
 def _python_problem(arguments: Sequence[str], root: Path) -> str | None:
@@ -264,6 +285,8 @@ def _mim_problem(arguments: Sequence[str], root: Path) -> str | None:
 
     MMSegmentation and MMDetection are no dependencies of ours: without them, mim's part is checked.
     """
+    if list(arguments[:2]) == ['run', 'fqvit_plugin']:
+        return _fqvit_problem(arguments[2:], root)
     mim = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mim.add_argument('verb', choices=('test', 'train'))
     mim.add_argument('package', choices=tuple(_MIM))
@@ -349,11 +372,13 @@ def _import_file(path: Path) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the documents; 1 and one line per finding when something does not hold."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-    parser.add_argument('files', nargs='*', type=Path, metavar='FILE', help='default: README.md and docs/*.md')
+    parser.add_argument(
+        'files', nargs='*', type=Path, metavar='FILE', help='default: README.md, CHANGELOG.md and all of docs/'
+    )
     args = parser.parse_args(argv)
     if str(ROOT) not in sys.path:  # also without an installation
         sys.path.insert(0, str(ROOT))
-    files = args.files or [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+    files = args.files or [ROOT / 'README.md', ROOT / 'CHANGELOG.md', *sorted((ROOT / 'docs').rglob('*.md'))]
     checker = Checker()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # other packages' deprecations are not the documents' concern

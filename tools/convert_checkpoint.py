@@ -32,7 +32,6 @@ exit codes: 0 done, 2 something is wrong with what was given (one line on stderr
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='convert_checkpoint.py',
         description='Rewrite a ViT, DeiT or Swin checkpoint of timm, the official releases, AugReg '
         'or Hugging Face under MMPretrain names.',
         epilog=_EXAMPLES,
