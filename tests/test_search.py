@@ -383,8 +383,8 @@ def test_an_experiment_runs_and_is_resumed(setting, tmp_path, monkeypatch, capsy
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1]))
     command = [
         setting.config, setting.checkpoint, '--out', str(out), '--budget', '0.7',
-        '--weight-bits', '2', '3', '4', '6', '8', '--batches', '2', '--score-batches', '2',
-        '--tuner', 'random', '--observers', 'minmax', '--fix', 'ptf', 'lis',
+        '--weight-bits', '2', '3', '4', '6', '8', '--batches', '2', '--score-batches', '2', '--tuner', 'random',
+        '--observers', 'minmax', '--fix', 'ptf', 'lis',
     ]  # fmt: skip
     listening = set()
 
