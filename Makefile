@@ -61,12 +61,21 @@ lint: $(READY)  ## ruff and mypy
 docs-check: $(READY)  ## links between the documents, and the make targets and files they name
 	@$(PY) tools/_docs_check.py
 
+.PHONY: docs
+docs: $(READY)  ## the site with all documents and the API, into site/
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet $(ARGS)
+	@echo 'open site/index.html'
+
+.PHONY: package
+package: $(READY)  ## wheel and sdist, into dist/
+	@$(PY) -m build --no-isolation . 2>&1 | tail -n 1
+
 .PHONY: env
 env: $(READY)  ## only build .venv
 
 .PHONY: clean
 clean:  ## remove .venv and what tests, tools and the demo wrote
-	rm -rf $(VENV) work_dirs build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
+	rm -rf $(VENV) work_dirs site build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage htmlcov
 
 # The lock is complete and for Python 3.11, so pip need not resolve anything (--no-deps). With another
 # Python, pip chooses within the ranges of pyproject.toml. Some packages come as source: they are built
@@ -89,7 +98,7 @@ $(LOCKED): $(LOCK)
 	else \
 	  echo '    not Python 3.11: versions from the ranges in pyproject.toml, not from the lock'; \
 	  pip_install 'setuptools>=66.1,<82' wheel; \
-	  pip_install --no-build-isolation -e '.[dev]'; \
+	  pip_install --no-build-isolation -e '.[dev,docs]'; \
 	fi
 	@touch $@
 

@@ -28,7 +28,7 @@ from .observers import (
 from .quantizers import Log2Quantizer, Quantizer, UniformQuantizer
 from .registry import OBSERVERS, QUANTIZERS
 from .scheme import BitType, QuantScheme, QuantSpec, get_scheme
-from .surgery import quantize_model_
+from .surgery import quantize_model_, register_family
 
 __version__ = '0.1.0'
 
@@ -63,6 +63,7 @@ __all__ = [
     'open_last_calibrate',
     'quant',
     'quantize_model_',
+    'register_family',
 ]
 
 install_mmengine_loader()

@@ -12,6 +12,7 @@ from torch import nn
 
 from .checkpoint import check_weights, load_calibrated_, stored_scheme, take_calibrated
 from .checkpoint_io import load_checkpoint
+from .convert import load_checkpoint_file, unwrap
 from .lifecycle import quant
 from .report import Report
 from .surgery import quantize_model_
@@ -47,8 +48,10 @@ def build_classifier(cfg: Config, checkpoint: str | os.PathLike, device: str = '
     if cfg.get('data_preprocessor') is not None:
         model_cfg.setdefault('data_preprocessor', cfg.data_preprocessor)
     model = MODELS.build(model_cfg)
-    loaded = load_checkpoint(checkpoint)
-    state_dict = loaded.get('state_dict', loaded)
+    if Path(checkpoint).suffix.lower() in ('.safetensors', '.npz'):
+        state_dict = load_checkpoint_file(checkpoint)
+    else:
+        state_dict = unwrap(load_checkpoint(checkpoint))
     check_weights(model, state_dict)
     model.load_state_dict(state_dict, strict=False)  # check_weights was the strict part
     return model.to(device).eval()

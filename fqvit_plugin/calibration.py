@@ -15,6 +15,7 @@ from mmengine.runner import Runner
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from .blocks.common import is_quantized
 from .distributed import RankSync, deal
 from .lifecycle import calibrate_
 from .surgery import find_classifier
@@ -145,14 +146,25 @@ def image_names(dataset: Dataset, indices: Sequence[int] | None = None) -> list[
     return [os.path.realpath(name) for name in names if isinstance(name, str)]
 
 
+def _quantized_beside_backbone(model: nn.Module) -> bool:
+    """Whether calibration has to pass through more of ``model`` than its backbone."""
+    return any(is_quantized(part) for name, part in model.named_children() if name != 'backbone')
+
+
 def calibrate_on_(model: nn.Module, data: CalibrationSet, logger: MMLogger) -> int:
     """Calibrate a quantized twin over ``data``, shared between the ranks; returns the number of images."""
     classifier = find_classifier(model)
     total = len(data.batches)
     turns = itertools.count(1)
 
+    whole = _quantized_beside_backbone(classifier)
+
     def forward(model: Any, batch: Any) -> None:
-        model(**model.data_preprocessor(batch, False), mode='tensor')
+        data = model.data_preprocessor(batch, False)
+        if whole:
+            model(**data, mode='tensor')
+        else:  # a detector's heads, for instance: they stay float, and would sort boxes for nothing
+            model.extract_feat(data['inputs'])
         logger.info(f'calibration: batch {min(next(turns) * dist.get_world_size(), total)}/{total}')
 
     if dist.get_world_size() == 1:

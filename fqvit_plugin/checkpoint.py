@@ -16,7 +16,7 @@ import mmengine
 import torch
 from torch import Tensor, nn
 
-from .convert import recognise_family
+from .convert import recognise_family, unwrap
 from .lifecycle import named_quantizers
 from .scheme import QuantScheme
 from .surgery import find_classifier
@@ -28,6 +28,7 @@ __all__ = [
     'save_calibrated',
     'stored_scheme',
     'take_calibrated',
+    'unwrap_',
 ]
 
 _KEY = 'fqvit'
@@ -54,7 +55,7 @@ def save_calibrated(
         images: names of the calibration images; only base names are kept.
     """
     classifier = find_classifier(model)
-    buffers = [f'{name}.{key}' for name, q in named_quantizers(classifier) for key, _ in q.named_buffers()]
+    buffers = list(_quantizer_buffers(classifier))
     meta = dict(
         mmengine_version=mmengine.__version__,
         dataset_meta=getattr(classifier, 'dataset_meta', None),
@@ -76,6 +77,17 @@ def save_calibrated(
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+
+
+def _quantizer_buffers(classifier: nn.Module) -> dict[str, Tensor]:
+    """Scales and zero points under the names of the state dict, which TimmClassifier makes timm's own by a hook."""
+    names = {id(tensor): name for name, tensor in classifier.state_dict(keep_vars=True).items()}
+    return {names[id(buffer)]: buffer for _, q in named_quantizers(classifier) for buffer in q.buffers()}
+
+
+def _parameters(classifier: nn.Module) -> dict[str, Tensor]:
+    """Parameters under the names of the state dict."""
+    return {k: v for k, v in classifier.state_dict(keep_vars=True).items() if isinstance(v, nn.Parameter)}
 
 
 def stored_scheme(checkpoint: Mapping[str, Any]) -> QuantScheme:
@@ -122,7 +134,7 @@ def load_calibrated_(model: nn.Module, state: CalibratedState) -> None:
         ValueError: they do not fit the model.
     """
     classifier = find_classifier(model)
-    own = {f'{n}.{k}': b for n, q in named_quantizers(classifier) for k, b in q.named_buffers()}
+    own = _quantizer_buffers(classifier)
     if unknown := sorted(set(own) ^ set(state.buffers)):
         raise ValueError(f'the calibrated checkpoint is of another model: {unknown[0]} is only on one side')
     for key, value in state.buffers.items():
@@ -140,6 +152,16 @@ def load_calibrated_(model: nn.Module, state: CalibratedState) -> None:
 _RESIZED = ('pos_embed', 'relative_position_bias_table')
 
 
+def unwrap_(checkpoint: MutableMapping[str, Any]) -> None:
+    """Give the weights of an official release, ``{'model': ...}``, MMEngine's name ``state_dict``."""
+    if 'state_dict' not in checkpoint and isinstance(checkpoint.get('model'), Mapping):
+        checkpoint['state_dict'] = unwrap(checkpoint)
+
+
+def _is_timms(classifier: nn.Module) -> bool:
+    return any(type(module).__module__.startswith('timm.models.') for module in classifier.modules())
+
+
 def check_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Refuse a checkpoint that does not fill every parameter of ``model``; MMEngine would only log it.
 
@@ -148,14 +170,16 @@ def check_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """
     classifier = find_classifier(model)
     given = {key.removeprefix('module.'): value for key, value in state_dict.items()}
-    missing = [k for k, _ in classifier.named_parameters() if k not in given and not _renamed(k, given)]
+    timms = _is_timms(classifier)
+    parameters = _parameters(classifier)
+    missing = [k for k in parameters if k not in given and not _renamed(k, given)]
     if missing:
         raise ValueError(
-            f"the checkpoint lacks {len(missing)} of the model's parameters, {missing[0]} first{_hint(given)}"
+            f"the checkpoint lacks {len(missing)} of the model's parameters, {missing[0]} first{_hint(given, timms)}"
         )
-    for key, parameter in classifier.named_parameters():
+    for key, parameter in parameters.items():
         value = given.get(key)
-        if value is None or value.shape == parameter.shape or key.endswith(_RESIZED):
+        if value is None or value.shape == parameter.shape or (key.endswith(_RESIZED) and not timms):
             continue
         head = key.startswith('head.') and value.shape[1:] == parameter.shape[1:]
         why = ': it was trained for another number of classes' if head else ''
@@ -170,11 +194,13 @@ def _renamed(key: str, given: Mapping[str, Tensor]) -> bool:
     return head.startswith('backbone.norm') and f'backbone.norm.{tail}' in given
 
 
-def _hint(given: Mapping[str, Tensor]) -> str:
+def _hint(given: Mapping[str, Tensor], timms: bool) -> str:
     try:
         family = recognise_family(given)
     except ValueError:
         return f'; it holds {", ".join(list(given)[:3])}, ...' if given else '; it holds no weights'
+    if timms:
+        return f"; it has the names of {family}, and the model is timm's: load the file that timm publishes"
     if family.lower().startswith('mmpretrain'):
         return ''
     return f'; it has the names of {family}: run tools/convert_checkpoint.py SRC DST first'

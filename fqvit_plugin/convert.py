@@ -17,7 +17,7 @@ from torch import Tensor
 from fqvit_plugin._convert_names import FAMILIES, Family, Row
 from fqvit_plugin.checkpoint_io import WEIGHT_ENTRIES, damage_hint, load_checkpoint
 
-__all__ = ['convert_state_dict', 'load_checkpoint_file', 'recognise_family']
+__all__ = ['convert_state_dict', 'load_checkpoint_file', 'recognise_family', 'unwrap']
 
 _MMPRETRAIN = 'MMPretrain names'
 _TORCH_SUFFIXES = ('.pth', '.pt', '.bin', '.tar', '.ckpt')
@@ -63,7 +63,7 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
     Source: the names and layouts of timm 1.0, the DeiT and Swin releases, Google's ViT,
     transformers.
     """
-    weights = _unwrap(state_dict)
+    weights = unwrap(state_dict)
     plan = _recognise(weights)
     if plan is None:
         return weights
@@ -74,7 +74,7 @@ def convert_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def recognise_family(state_dict: Mapping[str, Any]) -> str:
     """The naming in which :func:`convert_state_dict` reads a checkpoint; ValueError if none."""
-    plan = _recognise(_unwrap(state_dict))
+    plan = _recognise(unwrap(state_dict))
     return _MMPRETRAIN if plan is None else plan.family.name
 
 
@@ -105,7 +105,7 @@ def load_checkpoint_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         known = ', '.join([*_TORCH_SUFFIXES, '.npz', '.safetensors'])
         raise ValueError(f'{file}: unknown kind of file {suffix!r}; give one of {known}')
     try:
-        return _unwrap(weights)
+        return unwrap(weights)
     except ValueError as error:
         raise ValueError(f'{file}: {error}') from error
 
@@ -128,8 +128,12 @@ def _load_safetensors(file: Path) -> dict[str, Tensor]:
         raise ValueError(f'{file} is not a readable safetensors file{damage_hint(file)}') from error
 
 
-def _unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint, without ``module.`` in front of its names."""
+def unwrap(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict inside a checkpoint, without ``module.`` in front of its names.
+
+    Raises:
+        ValueError: there is none.
+    """
     inner = (checkpoint.get(name) for name in WEIGHT_ENTRIES)
     weights = next((entry for entry in inner if isinstance(entry, Mapping)), checkpoint)
     if not weights:

@@ -15,6 +15,7 @@ from mmengine.runner import BaseLoop, Runner, autocast
 from mmpretrain.registry import HOOKS as MMPRETRAIN_HOOKS
 from torch import nn
 
+from .analysis.visualize import present
 from .calibration import CalibrationSet, calibrate_on_, image_names
 from .checkpoint import (
     CalibratedState,
@@ -22,6 +23,7 @@ from .checkpoint import (
     load_calibrated_,
     save_calibrated,
     take_calibrated,
+    unwrap_,
 )
 from .lifecycle import quant
 from .registry import HOOKS
@@ -48,6 +50,8 @@ class QuantHook(Hook):
         out: file name of the calibrated checkpoint in the work directory; ``None`` saves none. Under training
             none is saved, because the scales are stale at the next step.
         seed: of the calibration images' order.
+        report: file name of an HTML page in the work directory on every tensor's error; ``None`` writes none.
+        visualize: send scales, errors and histograms to the runner's visualizer.
 
     Raises:
         ValueError: bad scheme; a backbone that is not covered; no calibration images; a calibrated checkpoint of
@@ -63,7 +67,12 @@ class QuantHook(Hook):
         compare_float: bool = False,
         out: str | None = 'calibrated.pth',
         seed: int = 0,
+        report: str | None = None,
+        visualize: bool = False,
     ) -> None:
+        if report is not None and not report.endswith(('.html', '.htm')):
+            raise ValueError(f'report is the file name of a web page, such as report.html, got {report!r}')
+        self.page, self.visualize = report, visualize
         self.num_batches = num_batches
         self.compare_float = compare_float
         self.out = out
@@ -100,6 +109,7 @@ class QuantHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Take the scales out of a calibrated checkpoint before the weights enter the float model."""
         assert self.scheme is not None
+        unwrap_(checkpoint)
         self._stored = take_calibrated(checkpoint, self.scheme)
         if not isinstance(runner._train_loop, BaseLoop):  # fine-tuning may start from another head
             check_weights(runner.model, checkpoint.get('state_dict', checkpoint))
@@ -127,19 +137,23 @@ class QuantHook(Hook):
             self._float_metrics = _evaluate(runner.model, loop)
         twin = _twin(runner.model)
         self.report = quantize_model_(twin, self.scheme)
+        data: CalibrationSet | None = None
         if self._stored is not None:
             load_calibrated_(twin, self._stored)
             runner.logger.info('QuantHook: scales come from the calibrated checkpoint; calibration is skipped')
         else:
-            self._calibrate(runner, loop, twin)
+            data = self._calibrate(runner, loop, twin)
         quant(twin)
         runner.logger.info(f'QuantHook\n{self.report}')
+        if (self.visualize or self.page is not None) and dist.is_main_process():
+            data = data or CalibrationSet.build(runner.cfg, self.num_batches, self.seed)
+            present(runner, twin, self.report, data, self.page, self.visualize)
         self._float_model, runner.model = runner.model, twin
         self._fp16, loop.fp16 = loop.fp16, False
         if self._fp16:
             runner.logger.warning('QuantHook: integer codes need float32; AMP is off for the quantized model')
 
-    def _calibrate(self, runner: Runner, loop: Any, twin: nn.Module) -> None:
+    def _calibrate(self, runner: Runner, loop: Any, twin: nn.Module) -> CalibrationSet:
         assert self.scheme is not None
         data = CalibrationSet.build(runner.cfg, self.num_batches, self.seed)
         names = image_names(data.loader.dataset, data.indices)
@@ -157,6 +171,7 @@ class QuantHook(Hook):
             classifier.dataset_meta = getattr(loop.dataloader.dataset, 'metainfo', None)
             save_calibrated(path, classifier, self.scheme, names)
             runner.logger.info(f'QuantHook: calibrated checkpoint saved to {path}')
+        return data
 
     def _leave(self, runner: Runner, loop: Any, metrics: dict[str, float] | None) -> None:
         if self._float_model is None:

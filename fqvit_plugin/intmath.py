@@ -53,7 +53,7 @@ def int_layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weig
     Args:
         x: (…, C), on the grid of ``in_scale``.
         in_scale: (C,) or (), ``s * 2**k`` per channel.
-        out_scale: (), step of the output grid.
+        out_scale: () or (C,), step of the output grid.
     Returns:
         (…, C), whole steps of ``out_scale``, not yet saturated.
 
@@ -103,7 +103,7 @@ def int_layernorm(
         x: (…, C), on the grid of ``in_scale``.
         in_scale: (C,) or (), ``s * 2**k`` per channel.
         in_range: the largest ``|u|`` that occurs: code span times the largest factor.
-        out_scale: (), step of the output grid.
+        out_scale: () or (C,), step of the output grid.
         weight, bias: (C,).
         eps: LayerNorm's own, in squared units of the real input.
     Returns:

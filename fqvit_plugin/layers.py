@@ -149,10 +149,10 @@ class QLinear(_QWeightLayer, nn.Linear):
         twin = cls(linear.in_features, linear.out_features, bias, device='meta', spec=spec)
         return _adopt(twin, linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, C_in) to (…, C_out)."""
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(…, C_in) to (…, C_out); ``bias`` stands in for the layer's own, where it is a parameter of the block."""
         with self._precision(x):
-            return F.linear(x, self.weight_in_phase(), self.bias)
+            return F.linear(x, self.weight_in_phase(), self.bias if bias is None else bias)
 
 
 def _adopt(twin: Any, original: nn.Module) -> Any:
@@ -229,14 +229,22 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
         twin.weight, twin.bias = norm.weight, norm.bias
         return twin.train(norm.training)
 
-    def forward(self, x: Tensor, in_act: QAct | None = None, out_act: QAct | None = None, repeat: int = 1) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        in_act: QAct | None = None,
+        out_act: QAct | None = None,
+        repeat: int = 1,
+        tile: int = 1,
+    ) -> Tensor:
         """Normalize the last axis, and quantize the result.
 
         Args:
             x: (…, C); under quant on the grid of ``in_act``.
             in_act: the layer that quantized ``x``.
             out_act: the quantizer of the result.
-            repeat: each channel of ``in_act`` stands ``repeat`` times in a row in ``x`` (patch merging: 4).
+            repeat: each channel of ``in_act`` stands ``repeat`` times in a row in ``x`` (merging in MMPretrain: 4).
+            tile: all channels of ``in_act`` stand ``tile`` times one after the other (merging in timm: 4).
 
         Raises:
             ValueError: integer arithmetic without ``in_act`` and ``out_act``.
@@ -247,7 +255,7 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
         if in_act is None or out_act is None:
             raise ValueError('the integer LayerNorm needs in_act and out_act: the grids it reads and writes')
         source = in_act.quantizer
-        in_scale = source.scale if source.scale.ndim == 0 else source.scale.repeat_interleave(repeat)
+        in_scale = source.scale if source.scale.ndim == 0 else source.scale.repeat_interleave(repeat).repeat(tile)
         weight = x.new_ones(x.shape[-1]) if self.weight is None else self.weight
         bias = torch.zeros_like(weight) if self.bias is None else self.bias
         if self.arithmetic == 'reference':

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'calibrate_',
+    'calibrating',
     'close_calibrate',
     'dequant',
     'named_quantizers',
@@ -148,7 +149,7 @@ def dequant(model: nn.Module) -> None:
 
 
 @contextmanager
-def _calibration(model: nn.Module) -> Iterator[None]:
+def calibrating(model: nn.Module) -> Iterator[None]:
     """Open calibration, and leave the model in float with its old parameters when it breaks off."""
     open_calibrate(model)
     try:
@@ -158,6 +159,10 @@ def _calibration(model: nn.Module) -> Iterator[None]:
         for _, quantizer in named_quantizers(model):
             quantizer.reset()
         raise
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
 @torch.no_grad()
@@ -173,7 +178,8 @@ def calibrate_(
     Args:
         model: with Q layers, in phase float; is put in eval mode and stays there.
         batches: any iterable; it is streamed, one batch ahead.
-        forward: runs one batch, ``model(batch)`` by default.
+        forward: runs one batch; by default the model sees the batch, or its images where it is (images, labels), as
+            data loaders of torchvision and timm give it.
         sync: exchanges measurements between processes; ``batches`` are then those of
             :func:`~fqvit_plugin.distributed.deal`.
 
@@ -183,7 +189,7 @@ def calibrate_(
     Raises:
         ValueError: there is no batch, or a tensor held NaN or infinity (the layer is named).
     """
-    run = forward or (lambda m, batch: m(batch))
+    run = forward or _forward
     iterator = iter(batches)
     try:
         ahead = next(iterator)
@@ -191,7 +197,7 @@ def calibrate_(
         raise ValueError('no calibration batch: the calibration data set is empty') from None
     model.eval()
     count = 1
-    with _calibration(model):
+    with calibrating(model):
         if sync is not None:
             run = sync.guard(run)
             sync.defer(model)

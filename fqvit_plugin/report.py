@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -41,22 +41,42 @@ class Report:
     float_bytes: int
     quantized_bytes: int
 
-    def __str__(self) -> str:
-        """One screen."""
+    @property
+    def recipe(self) -> str:
+        """The scheme's choices in words."""
         scheme = self.scheme
-        kinds = Counter((e.kind, e.bits) for e in self.entries)
-        lines = [
-            f'scheme {scheme.name}, preset {scheme.arithmetic}: observer {scheme.act.observer}, '
+        return (
+            f'preset {scheme.arithmetic}: observer {scheme.act.observer}, '
             f'PTF {_on(scheme.norm_input.observer == "ptf")}, LIS {_on(scheme.log_int_softmax)}, '
-            f'input quantization {_on(scheme.input_quant)}',
-            'quantized:',
-        ]
-        lines += [f'  {count:4d} x {kind:<14s} {bits}' for (kind, bits), count in sorted(kinds.items())]
-        lines.append('float:')
-        reasons: dict[str, list[str]] = {}
+            f'input quantization {_on(scheme.input_quant)}'
+        )
+
+    def kinds(self) -> list[tuple[tuple[str, str], int]]:
+        """How many layers there are of each kind and bits."""
+        return sorted(Counter((e.kind, e.bits) for e in self.entries).items())
+
+    def reasons(self) -> list[tuple[str, list[str]]]:
+        """Paths of what stays float, by the reason."""
+        grouped: dict[str, list[str]] = {}
         for path, reason in self.left_float.items():
-            reasons.setdefault(reason, []).append(path)
-        for reason, paths in reasons.items():
+            grouped.setdefault(reason, []).append(path)
+        return list(grouped.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON can hold, without the scheme, which has its own."""
+        return {
+            'layers': [asdict(entry) for entry in self.entries],
+            'left_float': self.left_float,
+            'float_bytes': self.float_bytes,
+            'quantized_bytes': self.quantized_bytes,
+        }
+
+    def __str__(self) -> str:
+        """One screen, plain text for logs; :mod:`fqvit_plugin.analysis.terminal` has the one in colour."""
+        lines = [f'scheme {self.scheme.name}, {self.recipe}', 'quantized:']
+        lines += [f'  {count:4d} x {kind:<14s} {bits}' for (kind, bits), count in self.kinds()]
+        lines.append('float:')
+        for reason, paths in self.reasons():
             lines.append(f'  {len(paths):4d} x {reason} ({paths[0]}{", …" if len(paths) > 1 else ""})')
         lines.append('     biases, class and position parameters are stored in float')
         ratio = self.quantized_bytes / self.float_bytes

@@ -7,7 +7,7 @@ here and names the field, the value and what is allowed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +17,7 @@ from .registry import OBSERVERS, QUANTIZERS, lookup
 if TYPE_CHECKING:
     from .observers import Observer
 
-__all__ = ['SCHEME_NAMES', 'BitType', 'QuantScheme', 'QuantSpec', 'get_scheme', 'parse_scheme']
+__all__ = ['SCHEME_NAMES', 'BitType', 'Override', 'QuantScheme', 'QuantSpec', 'get_scheme', 'parse_scheme']
 
 #: scheme name -> bits of the attention probabilities
 SCHEME_NAMES = {'fqvit_w8a8': 8, 'fqvit_w8a8_attn4': 4}
@@ -107,6 +107,68 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
+class Override:
+    """What some layers do otherwise than the scheme says; see :meth:`parse` for the form in a config.
+
+    Args:
+        layers: glob patterns of module paths in the quantized classifier, as ``named_modules()`` gives them;
+            ``*`` stands for anything, dots too.
+        weight_bits: of matching convolutions and linear layers.
+        act_bits: of matching activations; Power-of-Two Factor stays where it is.
+        attn_bits: of matching attention probabilities.
+        observer: of matching activations without Power-of-Two Factor.
+        observer_options: keyword arguments of the observer, as sorted pairs.
+    """
+
+    layers: tuple[str, ...]
+    weight_bits: int | None = None
+    act_bits: int | None = None
+    attn_bits: int | None = None
+    observer: str | None = None
+    observer_options: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.layers or not all(isinstance(p, str) and p for p in self.layers):
+            raise ValueError(f"layers of an override must be a glob such as 'backbone.*.ffn.*', got {self.layers!r}")
+        if not self.fields:
+            raise ValueError(f'override of {self.layers[0]!r} changes nothing: give {", ".join(_CHANGES)}')
+        for field in self.fields:
+            if field != 'observer':
+                BitType(getattr(self, field), signed=False)
+        if self.observer is not None:
+            QuantSpec(BitType(8, False), self.observer, observer_options=self.observer_options)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of what it changes."""
+        return tuple(name for name in _CHANGES if getattr(self, name) is not None)
+
+    @classmethod
+    def parse(cls, value: Mapping[str, Any] | Override) -> Override:
+        """Read ``dict(layers='backbone.layers.*.ffn.*', weight_bits=4, observer='percentile')``.
+
+        ``layers`` is a pattern or a list of them; ``observer`` a name, or a dict as :func:`get_scheme` takes it.
+
+        Raises:
+            ValueError: an unknown field, no pattern, or a width or observer there is not.
+        """
+        if isinstance(value, Override):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"an override must read dict(layers='backbone.*.ffn.*', weight_bits=4), got {value!r}")
+        values = {k: v for k, v in value.items() if k != '_scope_'}
+        if unknown := sorted(set(values) - {'layers', *_CHANGES}):
+            raise ValueError(f'unknown field {unknown[0]!r} of an override; there is: layers, {", ".join(_CHANGES)}')
+        layers = values.pop('layers', ())
+        if (observer := values.pop('observer', None)) is not None:
+            values['observer'], values['observer_options'] = _parse_observer(observer)
+        return cls(layers=(layers,) if isinstance(layers, str) else tuple(layers), **values)
+
+
+_CHANGES = ('weight_bits', 'act_bits', 'attn_bits', 'observer')
+
+
+@dataclass(frozen=True)
 class QuantScheme:
     """How every kind of tensor of a vision transformer becomes integer codes; see :func:`get_scheme`.
 
@@ -119,6 +181,7 @@ class QuantScheme:
         log_int_softmax: integer Log-Int-Softmax instead of a float softmax with quantized output.
         int_norm: integer LayerNorm instead of a float one with quantized output.
         input_quant: quantize the normalized image too.
+        overrides: what some layers do otherwise; of two that match a layer, the later one holds.
     """
 
     name: str
@@ -129,6 +192,7 @@ class QuantScheme:
     log_int_softmax: bool
     int_norm: bool
     input_quant: bool
+    overrides: tuple[Override, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ('log_int_softmax', 'int_norm', 'input_quant'):
@@ -157,6 +221,7 @@ class QuantScheme:
                 spec['bit_type'] = BitType(**spec['bit_type'])
                 spec['observer_options'] = tuple((k, v) for k, v in spec['observer_options'])
                 values[field] = QuantSpec(**spec)
+            values['overrides'] = tuple(_read_override(item) for item in values['overrides'])
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f'not a quantization scheme of this version: {error}') from None
@@ -164,6 +229,11 @@ class QuantScheme:
     def differences(self, other: QuantScheme) -> list[str]:
         """One line per field in which ``other`` differs, ``field: ours != theirs``; empty when equal."""
         return _differences(self.to_dict(), other.to_dict())
+
+
+def _read_override(data: Mapping[str, Any]) -> Override:
+    options = tuple((k, v) for k, v in data['observer_options'])
+    return Override(**{**data, 'layers': tuple(data['layers']), 'observer_options': options})
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = '') -> list[str]:
@@ -184,6 +254,7 @@ def get_scheme(
     lis: bool = True,
     preset: str = 'strict',
     input_quant: bool = True,
+    overrides: Sequence[Mapping[str, Any] | Override] = (),
     **bits: int,
 ) -> QuantScheme:
     """The named recipe of FQ-ViT.
@@ -197,6 +268,8 @@ def get_scheme(
             and on the log2 grid below (4 uniform bits lose nearly all accuracy: paper, table 4).
         preset: ``'strict'``, or ``'reference'`` for the published implementation's numbers.
         input_quant: quantize the input image (the paper: on for DeiT and Swin, off for ViT).
+        overrides: what some layers do otherwise, ``dict(layers='backbone.*.ffn.*', weight_bits=4)`` each; see
+            :class:`Override`.
         bits: ``weight_bits``, ``act_bits``, ``attn_bits``, each 2 to 16, to depart from the name.
 
     Returns:
@@ -239,7 +312,14 @@ def get_scheme(
         # The reference keeps LayerNorm in float where it has no PTF; strict arithmetic never needs to.
         int_norm=ptf or arithmetic == 'strict',
         input_quant=input_quant,
+        overrides=_parse_overrides(overrides),
     )
+
+
+def _parse_overrides(overrides: Sequence[Mapping[str, Any] | Override]) -> tuple[Override, ...]:
+    if isinstance(overrides, (str, Mapping)):
+        raise ValueError(f'overrides must be a list of dict(layers=..., ...), got {overrides!r}')
+    return tuple(Override.parse(item) for item in overrides)
 
 
 def _require_bool(name: str, value: Any) -> None:

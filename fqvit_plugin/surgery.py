@@ -1,6 +1,7 @@
 """Surgery: swap the blocks of a float model for quantized twins that share its weights, and report it.
 
-To cover a new backbone, write its twins and their ``FAMILY`` under ``blocks/`` and name it in ``FAMILIES``.
+To cover a new backbone, write its twins and their ``FAMILY`` under ``blocks/`` and name it in ``FAMILIES``; outside
+this package, call ``register_family``.
 """
 
 from __future__ import annotations
@@ -8,34 +9,69 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmpretrain.models.utils import QuickGELU
 from torch import nn
 
-from .blocks import swin, vit
+from .blocks import beit, davit, eva02, mvit, swin, swin_dense, swinv2, timm_swin, timm_vit, twins, vit
 from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
-from .blocks.family import Family, class_path
+from .blocks.family import Family, class_path, short_name
+from .blocks.refused import refusal
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
+from .overrides import apply_overrides_
 from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
+from .structure import all_or_nothing
 
-__all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_']
+__all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_', 'register_family']
 
 #: What can be quantized; the first that names the model's class treats it.
-FAMILIES: tuple[Family, ...] = (vit.FAMILY, swin.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    vit.FAMILY,
+    swin.FAMILY,
+    swin_dense.FAMILY,
+    beit.FAMILY,
+    eva02.FAMILY,
+    swinv2.FAMILY,
+    twins.FAMILY,
+    mvit.FAMILY,
+    davit.FAMILY,
+    timm_vit.FAMILY,
+    timm_swin.FAMILY,
+)
 
-#: Backbones that look alike and are not covered, with the reason.
-REFUSED = {
-    'SwinTransformerV2': 'its cosine attention divides by vector norms, for which FQ-ViT has no integer form',
+#: What users added.
+_ADDED: list[Family] = []
+
+#: Wrappers of MMPretrain -> where they keep the model that timm built.
+_TIMM_WRAPPERS = {
+    'mmpretrain.models.classifiers.timm.TimmClassifier': 'model',
+    'mmpretrain.models.backbones.timm_backbone.TIMMBackbone': 'timm_model',
 }
 
 
 def covered_backbones() -> list[str]:
-    """Names of the backbones that can be quantized."""
-    return [path.rpartition('.')[2] for family in FAMILIES for path in family.models]
+    """Names of the backbones that can be quantized; those of other packages than MMPretrain bear the package's."""
+    return [short_name(path) for family in (*FAMILIES, *_ADDED) for path in family.models]
+
+
+def register_family(family: Family) -> Family:
+    """Let surgery treat the models of ``family``; registered again, it takes the place of what was there.
+
+    Raises:
+        ValueError: the package covers one of these models itself.
+    """
+    ours = {path for known in FAMILIES for path in known.models}
+    taken = sorted(ours.intersection(family.models))
+    if taken:
+        raise ValueError(f'{", ".join(taken)}: covered by the package already; subclass it to treat it another way')
+    _ADDED[:] = [known for known in _ADDED if not set(known.models).intersection(family.models)]
+    _ADDED.append(family)
+    return family
 
 
 def _family_of(backbone: nn.Module) -> Family | None:
     path = class_path(type(backbone))
-    return next((family for family in FAMILIES if path in family.models), None)
+    return next((family for family in (*FAMILIES, *_ADDED) if path in family.models), None)
 
 
 def find_classifier(model: Any) -> Any:
@@ -43,6 +79,25 @@ def find_classifier(model: Any) -> Any:
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
+
+
+def _find_backbone(classifier: Any) -> Any:
+    """What is quantized block by block: a classifier's backbone, or the model inside a wrapper around timm's.
+
+    Raises:
+        ValueError: a TIMMBackbone with a neck and head that cannot read it.
+    """
+    backbone = getattr(classifier, 'backbone', classifier)
+    inside = _TIMM_WRAPPERS.get(class_path(type(backbone)))
+    if inside is None:
+        return backbone
+    neck = type(getattr(classifier, 'neck', None)).__name__
+    if backbone is not classifier and neck in ('NoneType', 'GlobalAveragePooling'):
+        raise ValueError(
+            'TIMMBackbone gives all tokens (B, N, C), or maps (B, H, W, C), which this neck and the heads of '
+            "MMPretrain cannot read: write model = dict(type='TimmClassifier', model_name=...) instead"
+        )
+    return getattr(backbone, inside)
 
 
 def check_model(model: nn.Module) -> Any:
@@ -54,31 +109,34 @@ def check_model(model: nn.Module) -> Any:
     model = find_classifier(model)
     if is_quantized(model):
         raise ValueError('the model is quantized already: build it anew to quantize it another way')
-    backbone = getattr(model, 'backbone', model)
+    backbone = _find_backbone(model)
     family = _family_of(backbone)
     if family is None:
-        name = type(backbone).__name__
-        why = f': {REFUSED[name]}' if name in REFUSED else ''
+        name = short_name(class_path(type(backbone)))
+        reason = refusal(backbone)
+        why = f': {reason}' if reason else ''
         raise ValueError(f'backbone {name} is not covered{why}. Covered are {", ".join(covered_backbones())}')
     family.check(backbone)
     return backbone
 
 
 def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
-    """Swap the blocks of an MMPretrain classifier, or of a bare backbone, for quantized twins, in place.
+    """Swap the blocks of a classifier, segmentor, detector, backbone or timm model for quantized twins, in place.
 
     The twins share the float model's parameters. In phase float, where the model is left, it computes what it
     computed before; calibrate it and call ``quant`` to see it quantized.
 
     Args:
-        model: ``ImageClassifier`` (also inside a wrapper) or one of the covered backbones.
+        model: one with a covered ``backbone`` (also inside a wrapper), a covered backbone, or ``TimmClassifier``; a
+            timm model is a whole classifier, and its head is quantized too.
         scheme: from :func:`~fqvit_plugin.scheme.get_scheme`.
 
     Returns:
         What was quantized, and what stays float and why.
 
     Raises:
-        ValueError: the backbone or a part of it is not covered; nothing was changed then.
+        ValueError: the backbone or a part of it is not covered, or an override matches nothing; nothing was
+            changed then.
     """
     if not isinstance(scheme, QuantScheme):
         raise ValueError(f'scheme must come from get_scheme(...), got {scheme!r}')
@@ -88,14 +146,16 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
     classifier = find_classifier(model)
     float_bytes = count_bytes(classifier)
     make = LayerFactory(scheme, next(backbone.parameters()).device)
-    family.quantize_(backbone, make)
-    for module in backbone.modules():
-        # NumPy's numbers, from linspace over the depth, would break torch.compile's graphs at every block.
-        if hasattr(module, 'drop_prob'):
-            module.drop_prob = float(module.drop_prob)
-    if classifier is not backbone:
-        _quantize_neck_(classifier, make)
-        _quantize_head_(classifier, make)
+    with all_or_nothing(classifier):
+        family.quantize_(backbone, make)
+        for module in backbone.modules():
+            # NumPy's numbers, from linspace over the depth, would break torch.compile's graphs at every block.
+            if hasattr(module, 'drop_prob'):
+                module.drop_prob = float(module.drop_prob)
+        if classifier is not backbone:
+            _quantize_neck_(classifier, make)
+            _quantize_head_(classifier, make)
+        apply_overrides_(classifier, scheme)
     return _report(classifier, scheme, float_bytes)
 
 
@@ -119,13 +179,18 @@ def _quantize_head_(classifier: Any, make: LayerFactory) -> None:
                 setattr(layers, name, nn.Sequential(layer, make.act()))
 
 
+#: Float layers worth a line in the report.
+_COMPUTES = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.GroupNorm, nn.LayerNorm, nn.modules.batchnorm._BatchNorm)
 _KINDS = (QConv2d, QLinear, QAct, QIntLayerNorm, QIntSoftmax)
 
 
 def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
     entries = []
-    left_float = {}
+    left_float = _float_parts(model)
+    parts = tuple(left_float)
     for name, module in model.named_modules():
+        if name.startswith(tuple(f'{part}.' for part in parts)) or name in parts:
+            continue
         kind = next((k for k in _KINDS if isinstance(module, k)), None)
         if kind is not None:
             entries.append(LayerEntry(name, kind.__name__, _bits(module, scheme)))
@@ -133,6 +198,16 @@ def _report(model: nn.Module, scheme: QuantScheme, float_bytes: int) -> Report:
         if reason:
             left_float[name] = reason
     return Report(scheme, tuple(entries), left_float, float_bytes, count_bytes(model))
+
+
+def _float_parts(model: nn.Module) -> dict[str, str]:
+    """Parts beside the backbone without a Q layer, such as a decode head: one reason each, not one for each layer."""
+    reasons = {}
+    for name, part in model.named_children():
+        count = sum(isinstance(m, _COMPUTES) for m in part.modules())
+        if name != 'backbone' and count > 1 and not is_quantized(part) and hasattr(model, 'backbone'):
+            reasons[name] = f"{type(part).__name__}'s {count} layers: FQ-ViT's blocks are in the backbone"
+    return reasons
 
 
 def _bits(module: Any, scheme: QuantScheme) -> str:
@@ -152,8 +227,10 @@ def _why_float(module: Any, kind: type | None, scheme: QuantScheme) -> str | Non
         return 'softmax is float without LIS; its output is quantized'
     if kind is not None:
         return None
-    if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU)):
+    if reason := getattr(module, 'why_float', None):
+        return str(reason)
+    if isinstance(module, (nn.GELU, nn.Tanh, nn.ReLU, nn.SiLU, QuickGELU)):
         return 'the activation function is float; its output is quantized'
-    if isinstance(module, (nn.Linear, nn.Conv2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d)):
+    if isinstance(module, _COMPUTES):
         return f'{type(module).__name__} outside the blocks that are covered'
     return None

@@ -24,6 +24,8 @@ def build(cfg: dict[str, Any]) -> nn.Module:
     with warnings.catch_warnings():
         # DeiT3 of mmpretrain 1.2.0 sets an argument that its own attention deprecates
         warnings.filterwarnings('ignore', 'The `use_layer_scale` in `MultiheadAttention`', UserWarning)
+        # BEiT's shared position bias calls meshgrid the old way
+        warnings.filterwarnings('ignore', 'torch.meshgrid: in an upcoming release', UserWarning)
         model = MODELS.build(dict(cfg, _scope_='mmpretrain'))
     with torch.no_grad():
         for parameter in model.parameters():

@@ -41,6 +41,19 @@ MODEL = {
         head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=24),
     ),
 }
+MODEL['beit'] = dict(
+    backbone=dict(MODEL['vit']['backbone'], type='BEiTViT'),
+    neck=None,
+    head=dict(type='LinearClsHead', num_classes=CLASSES, in_channels=24),
+)
+MODEL['swinv2'] = dict(
+    MODEL['swin'],
+    backbone=dict(
+        MODEL['swin']['backbone'],
+        type='SwinTransformerV2',
+        arch=dict(embed_dims=12, depths=[2, 2], num_heads=[2, 4], extra_norm_every_n_blocks=0),
+    ),
+)
 
 
 def write_images(root: Path, counts: dict[str, int]) -> Path:

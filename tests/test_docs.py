@@ -14,7 +14,7 @@ from _docs_check import ROOT, Checker, command_problem, split_commands
 
 import fqvit_plugin as fq
 
-from . import models
+from . import models, zoo
 
 CONFIG = 'configs/digits/digits_vit.py'
 CALIBRATE = 'python tools/calibrate.py c.py x.pth'
@@ -46,7 +46,8 @@ def test_our_documents_hold():
         capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'}, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
-    assert 'docs-check: 9 documents' in run.stdout
+    count = 1 + sum(1 for _ in (ROOT / 'docs').rglob('*.md'))  # and README.md
+    assert f'docs-check: {count} documents' in run.stdout
 
 
 @pytest.mark.parametrize(
@@ -65,11 +66,20 @@ def test_our_documents_hold():
         (fence('bash', 'python tools/gone.py'), 'there is no tools/gone.py'),
         (fence('bash', MIM), 'mim test needs --checkpoint'),
         (fence('bash', 'mim test mmpretrain configs/gone.py -C x.pth'), 'there is no configs/gone.py'),
+        (
+            fence('bash', 'mim test mmsegmentation configs/mmseg/gone.py -C x.pth'),
+            'there is no configs/mmseg/gone.py',
+        ),
+        (fence('bash', 'mim test mmdet CONFIG'), 'mim test needs --checkpoint'),
+        (fence('bash', 'mim test mmyolo CONFIG -C x.pth'), "invalid choice: 'mmyolo'"),
         (fence('bash', f'{MIM} -C x.pth --ampp'), 'unrecognized arguments: --ampp'),
         (
             fence('bash', f'{MIM} -C x \\', '  --cfg-options quant_scheme=fqvit'),
             "unknown scheme 'fqvit'",
         ),
+        (fence('bash', 'fqvit calibate c.py x.pth'), "no command 'calibate'; did you mean calibrate?"),
+        (fence('bash', 'fqvit calibrate c.py x.pth --out q.pth --quick'), 'unrecognized arguments: --quick'),
+        (fence('bash', 'mim run fqvit_plugin calibrate c.py x.pth'), 'required: --out'),
         (fence('bash', 'curl -O file'), "cannot check 'curl'"),
         (fence('python', 'a = 1', '', '1 / 0'), 'line 3 of the example: ZeroDivisionError'),
         (fence('python', 'a = ('), 'SyntaxError'),
@@ -98,6 +108,7 @@ def test_a_planted_mistake_is_found(findings, text, said):
         fence('bash', '# make coffee', 'OMP_NUM_THREADS=1 make test ARGS="-k x" && cd .. | pip install -e .'),
         fence('bash', f'{MIM} --checkpoint X --tta --gpus 2 --cfg-options train_cfg.max_epochs=1'),
         fence('python', BASE, "custom_hooks = [dict(type='fqvit_plugin.QuantHook', scheme='fqvit_w8a8')]"),
+        fence('bash', 'fqvit doctor', 'fqvit convert a.pth b.pth', 'mim run fqvit_plugin calibrate c x --out q'),
         '- in a list\n\n  ' + fence('python', '  value = 1').replace('\n```', '\n  ```'),
     ],
 )
@@ -105,10 +116,12 @@ def test_what_is_right_passes(findings, text):
     assert findings(text) == []
 
 
-def test_blocks_of_one_document_share_names_and_leave_no_files(findings, tmp_path, monkeypatch):
+def test_blocks_of_one_document_share_names_and_files_and_leave_none(findings, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first = fence('python', 'from pathlib import Path', "Path('left.txt').write_text('x')", 'value = 2')
-    assert findings(first + 'and then\n' + fence('python', 'assert value == 2')) == []
+    second = fence('python', 'assert value == 2', "assert Path('left.txt').read_text() == 'x'")
+    assert findings(first + 'and then\n' + second) == []
+    assert 'FileNotFoundError' in findings(fence('python', "open('left.txt')"))[0]
     assert Path.cwd() == tmp_path
     assert not (tmp_path / 'left.txt').exists()
 
@@ -159,13 +172,23 @@ def _documented(section: str) -> set[str]:
 @pytest.mark.parametrize(
     ('section', 'model'),
     [
-        ('ViT', models.vit_backbone(out_type='avg_featmap')),
+        ('ViT', models.vit_backbone(out_type='avg_featmap', pre_norm=True, layer_cfgs=dict(ffn_type='swiglu_fused'))),
         ('Swin', models.swin_backbone(use_abs_pos_embed=True)),
+        ('BEiT', dict(zoo.BEIT, use_abs_pos_emb=True, final_norm=True)),
+        ('EVA-02', dict(zoo.EVA02, out_type='avg_featmap', sub_ln=True)),
+        (
+            'Swin V2',
+            dict(zoo.SWINV2, use_abs_pos_embed=True, arch=dict(zoo.SWINV2_ARCH, extra_norm_every_n_blocks=2)),
+        ),
+        ('Twins', zoo.SVT),
+        ('MViT', dict(zoo.MVIT, use_abs_pos_embed=True)),
+        ('DaViT', zoo.DAVIT),
     ],
 )
 def test_tables_name_every_quantizer_of_the_backbone(section, model):
     backbone = models.build(model)
     fq.quantize_model_(backbone, fq.get_scheme('fqvit_w8a8'))
     acts = (name for name, module in backbone.named_modules() if isinstance(module, (fq.QAct, fq.QIntSoftmax)))
-    found = {re.sub(r'(?<=\.)\d+(?=\.)|(?<=^norm)\d(?=\.)', '#', name) for name in acts}
-    assert found == _documented(f'Where each quantizer sits: {section}') - {'neck.out_act', 'head.fc.out_act'}
+    found = {re.sub(r'(?<=\.)\d+(?=\.)|((?<=^norm)|(?<=^norm_after_stage))\d(?=\.)', '#', name) for name in acts}
+    elsewhere = {'neck.out_act', 'head.fc.out_act', 'rel_pos_bias.bias_table_act'}  # below the classifier; or shared
+    assert found == _documented(f'Where each quantizer sits: {section}') - elsewhere

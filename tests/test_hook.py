@@ -67,7 +67,7 @@ def by_hand(cfg, made, num_batches=3):
         return [s.pred_score for batch in made.test_dataloader for s in model.test_step(batch)]
 
 
-@pytest.mark.parametrize('kind', ['vit', 'swin'])
+@pytest.mark.parametrize('kind', ['vit', 'swin', 'beit', 'swinv2'])
 def test_test_loop_scores_the_quantized_model(images, tmp_path, spied, kind):
     cfg = project(images, tmp_path, kind)
     float_checkpoint(cfg, tmp_path / 'float.pth')
@@ -236,8 +236,8 @@ def test_training_images_serve_where_there_is_no_calib_dataloader(images, tmp_pa
             'ResNet is not covered.*SwinTransformer',
         ),
         (
-            dict(model__backbone=dict(_delete_=True, type='SwinTransformerV2', arch='tiny', img_size=256)),
-            'SwinTransformerV2 is not covered.*cosine attention',
+            dict(model__backbone=dict(_delete_=True, type='PoolFormer', arch='s12')),
+            'PoolFormer is not covered.*no attention',
         ),
         (dict(calib_dataloader__dataset__data_root='nowhere'), 'calib_dataloader cannot be built'),
     ],

@@ -1,11 +1,12 @@
-"""Check what README.md and docs/ say: links, files, Python examples and commands.
+"""Check what README.md, CHANGELOG.md and docs/ say: links, files, Python examples and commands.
 
 - a relative link resolves, and so does its anchor;
 - a path in backticks exists (``*`` may stand in it);
-- a ``python`` block runs, the blocks of one document in one namespace; one that starts with ``_base_`` is read as a
-  config, its scheme parsed and its QuantHook built;
+- a ``python`` block runs, the blocks of one document in one namespace and one folder; one that starts with ``_base_``
+  is read as a config, its scheme parsed and its QuantHook built;
 - a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, a tool's own argparse
-  parser, MMPretrain's test and train options, a config that exists and can be read with these ``--cfg-options``.
+  parser, the test and train options of an OpenMMLab package, a config that exists and can be read with these
+  ``--cfg-options``.
 
 A block is left out only by a comment on the line before it: ``<!-- docs-check: skip: REASON -->``.
 """
@@ -44,7 +45,9 @@ _WRITTEN = {'work_dirs', '.venv', 'data'}
 _SUFFIXES = {'.md', '.py', '.sh', '.toml', '.txt'}
 #: Commands of which nothing here is the authority.
 _FOREIGN = {'cd', 'git', 'pip', 'source'}
-_COMMAND = re.compile(r'(?:make|python3?|mim \w+ mmpretrain) +\S')
+#: What mim calls a package -> how Python imports it.
+_MIM = {'mmpretrain': 'mmpretrain', 'mmsegmentation': 'mmseg', 'mmdet': 'mmdet'}
+_COMMAND = re.compile(rf'(?:make|fqvit|python3?|mim \w+ (?:fqvit_plugin|{"|".join(_MIM)})) +\S')
 
 
 @dataclass(frozen=True)
@@ -161,31 +164,36 @@ class Checker:
 
     def _check_blocks(self, document: Document) -> None:
         namespace: dict[str, Any] = {'__name__': 'docs'}
-        for block in document.blocks:
-            if block.skip is not None:
-                if not block.skip:
-                    self._note(document, block.line, 'a skipped block needs a reason', 'snippets')
-            elif block.language == 'python':
-                self._note(document, block.line, run_snippet(block.text, namespace, self.root), 'snippets')
-            elif block.language == 'bash':
-                self._check_commands(document, block.line + 1, block.text)
+        with playground(self.root) as folder:
+            for block in document.blocks:
+                if block.skip is not None:
+                    if not block.skip:
+                        self._note(document, block.line, 'a skipped block needs a reason', 'snippets')
+                elif block.language == 'python':
+                    self._note(document, block.line, run_snippet(block.text, namespace, folder), 'snippets')
+                elif block.language == 'bash':
+                    self._check_commands(document, block.line + 1, block.text)
 
     def _check_commands(self, document: Document, line: int, text: str) -> None:
         for offset, words in split_commands(text):
             self._note(document, line + offset, command_problem(words, self.root), 'commands')
 
 
-def run_snippet(text: str, namespace: dict[str, Any], root: Path = ROOT) -> str | None:
-    """Run a Python example, or read it as a config; what went wrong, or None.
-
-    It runs in an empty folder in which ``configs`` and ``tools`` are the repository's.
-    """
-    is_config = text.lstrip().startswith('_base_')
-    here = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+@contextlib.contextmanager
+def playground(root: Path = ROOT) -> Iterator[Path]:
+    """A folder that is empty but for ``configs`` and ``tools``, which are the repository's."""
+    with tempfile.TemporaryDirectory() as folder:
         for name in ('configs', 'tools'):
             (Path(folder) / name).symlink_to(root / name)
-        os.chdir(folder)
+        yield Path(folder)
+
+
+def run_snippet(text: str, namespace: dict[str, Any], folder: Path) -> str | None:
+    """Run a Python example in ``folder``, or read it as a config; what went wrong, or None."""
+    is_config = text.lstrip().startswith('_base_')
+    here = Path.cwd()
+    os.chdir(folder)
+    with contextlib.redirect_stdout(io.StringIO()):
         try:
             if is_config:
                 Path('snippet.py').write_text(text, encoding='utf-8')
@@ -231,6 +239,8 @@ def command_problem(words: Sequence[str], root: Path = ROOT) -> str | None:
     program, *arguments = words
     if program == 'make':
         return _make_problem(arguments, root)
+    if program == 'fqvit':
+        return _fqvit_problem(arguments, root)
     if program == 'mim':
         return _mim_problem(arguments, root)
     if Path(program).name in ('python', 'python3'):
@@ -242,6 +252,20 @@ def _make_problem(arguments: Sequence[str], root: Path) -> str | None:
     targets = set(re.findall(r'^([a-z][\w-]*):', (root / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE))
     unknown = [word for word in arguments if '=' not in word and word not in targets]
     return f'make has no target {unknown[0]}' if unknown else None
+
+
+def _fqvit_problem(arguments: Sequence[str], root: Path) -> str | None:
+    """``fqvit COMMAND``: what the tool of that name takes."""
+    import fqvit_cli
+
+    name, *rest = arguments or ['']
+    if name in fqvit_cli.BUILT_IN or name.startswith('-'):
+        return None
+    try:
+        tool = fqvit_cli.choose(name, list(fqvit_cli.tools(root / 'tools')), 'command')
+    except fqvit_cli.UsageError as error:
+        return str(error)
+    return _python_problem([f'tools/{tool}.py', *rest], root)
 
 
 def _python_problem(arguments: Sequence[str], root: Path) -> str | None:
@@ -257,10 +281,15 @@ def _python_problem(arguments: Sequence[str], root: Path) -> str | None:
 
 
 def _mim_problem(arguments: Sequence[str], root: Path) -> str | None:
-    """``mim test`` and ``mim train``: mim's own options, then those of MMPretrain's script."""
+    """``mim test`` and ``mim train``: mim's own options, then those of the package's script.
+
+    MMSegmentation and MMDetection are no dependencies of ours: without them, mim's part is checked.
+    """
+    if list(arguments[:2]) == ['run', 'fqvit_plugin']:
+        return _fqvit_problem(arguments[2:], root)
     mim = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mim.add_argument('verb', choices=('test', 'train'))
-    mim.add_argument('package', choices=('mmpretrain',))
+    mim.add_argument('package', choices=tuple(_MIM))
     mim.add_argument('config')
     for short, name in (('-C', '--checkpoint'), ('-l', '--launcher'), ('-G', '--gpus'), ('-g', '--gpus-per-node')):
         mim.add_argument(short, name)
@@ -270,7 +299,16 @@ def _mim_problem(arguments: Sequence[str], root: Path) -> str | None:
     known, rest = parsed
     if known.verb == 'test' and known.checkpoint is None:
         return 'mim test needs --checkpoint'
-    script = _import_file(_mmpretrain() / '.mim' / 'tools' / f'{known.verb}.py')
+    package = _MIM[known.package]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return f'{package} is not installed' if package == 'mmpretrain' else None
+    try:
+        script = _import_file(Path(spec.origin).parent / '.mim' / 'tools' / f'{known.verb}.py')
+    except (ImportError, AssertionError):  # it refuses the installed mmcv, or lacks its compiled ops
+        if package == 'mmpretrain':
+            raise
+        return None
     positional = [known.config, known.checkpoint] if known.verb == 'test' else [known.config]
     with mock.patch.object(sys, 'argv', [known.verb, *positional, *rest]), mock.patch.dict(os.environ):
         args, problem = _parse(lambda _: script.parse_args(), ())
@@ -294,6 +332,9 @@ def config_problem(path: Path, options: dict[str, Any] | None) -> str | None:
     from fqvit_plugin.registry import HOOKS
     from fqvit_plugin.scheme import parse_scheme
 
+    base = path.parent.name  # configs/mmseg and configs/mmdet inherit from packages that need not be here
+    if base in _MIM.values() and importlib.util.find_spec(base) is None:
+        return None
     try:
         cfg = copy.deepcopy(_read_config(path.resolve()))
         cfg.merge_from_dict(options or {})
@@ -328,21 +369,16 @@ def _import_file(path: Path) -> Any:
     return module
 
 
-def _mmpretrain() -> Path:
-    spec = importlib.util.find_spec('mmpretrain')
-    if spec is None or spec.origin is None:
-        raise ValueError('mmpretrain is not installed')
-    return Path(spec.origin).parent
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Check the documents; 1 and one line per finding when something does not hold."""
     parser = argparse.ArgumentParser(description=(__doc__ or '').splitlines()[0])
-    parser.add_argument('files', nargs='*', type=Path, metavar='FILE', help='default: README.md and docs/*.md')
+    parser.add_argument(
+        'files', nargs='*', type=Path, metavar='FILE', help='default: README.md, CHANGELOG.md and all of docs/'
+    )
     args = parser.parse_args(argv)
     if str(ROOT) not in sys.path:  # also without an installation
         sys.path.insert(0, str(ROOT))
-    files = args.files or [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+    files = args.files or [ROOT / 'README.md', ROOT / 'CHANGELOG.md', *sorted((ROOT / 'docs').rglob('*.md'))]
     checker = Checker()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # other packages' deprecations are not the documents' concern

@@ -24,6 +24,7 @@ from fqvit_plugin.convert import load_checkpoint_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 WEIGHTS = {'vit_t': 'vit_tiny_patch16_224.pth', 'deit_t': 'deit_tiny_patch16_224.pth'}
+BUILDERS = ('mmpretrain', 'timm')
 #: name -> arguments of get_scheme
 RECIPES: dict[str, dict[str, Any]] = {
     'reference 8/8/8 noptf nolis': dict(name='fqvit_w8a8', ptf=False, lis=False, preset='reference'),
@@ -41,6 +42,7 @@ official ViT-Tiny and DeiT-Tiny files.
 examples:
   python tools/accuracy.py ../shared/imagenet
   python tools/accuracy.py ../shared/imagenet --models vit_t --recipes 'strict 8/8/4' --json out.json
+  python tools/accuracy.py ../shared/imagenet --via mmpretrain timm --recipes 'strict 8/8/4'
 
 exit codes: 0 done, 2 something is wrong with what was given (one line on stderr)
 """
@@ -68,6 +70,7 @@ class Row:
     """One recipe's result, on the same images as the float model's."""
 
     model: str
+    via: str  #: who built the model: mmpretrain or timm
     recipe: str
     seed: int  #: of the calibration images' order
     images: int
@@ -90,11 +93,16 @@ def read_photos(folder: Path, pipeline: list[dict]) -> Photos:
     return Photos(torch.stack(images), torch.tensor([int(file.name.split('_')[0]) for file in files]))
 
 
-def load_model(name: str, weights: Path) -> tuple[Any, Any]:
-    """The config and the float classifier of ``name`` with the weights in ``weights``."""
+def load_model(name: str, weights: Path, via: str = 'mmpretrain') -> tuple[Any, Any]:
+    """The config and the float classifier of ``name`` with the weights in ``weights``, built by ``via``."""
     cfg = load_config(CONFIGS / f'fqvit_{name}_w8a8_attn4.py')
+    state = load_checkpoint_file(weights / WEIGHTS[name])
+    if via == 'timm':
+        cfg.model = dict(type='TimmClassifier', model_name=Path(WEIGHTS[name]).stem)
+    else:
+        state = fq.convert_state_dict(state)
     model = MODELS.build(dict(**cfg.model, data_preprocessor=cfg.data_preprocessor))
-    model.load_state_dict(fq.convert_state_dict(load_checkpoint_file(weights / WEIGHTS[name])))
+    model.load_state_dict(state)
     return cfg, model.eval()
 
 
@@ -111,36 +119,42 @@ def right(model: Any, photos: Photos, batch_size: int = 50) -> Tensor:
 
 
 def evaluate(
-    images: Path, name: str, recipes: Sequence[str], seeds: Sequence[int] = (0,), batch_size: int = 20
+    images: Path,
+    name: str,
+    recipes: Sequence[str],
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 20,
+    via: str = 'mmpretrain',
 ) -> Iterator[Row]:
     """Float first, then every recipe with every seed, each on a model of its own."""
-    cfg, model = load_model(name, images / 'weights')
+    cfg, model = load_model(name, images / 'weights', via)
     pipeline = cfg.test_dataloader.dataset.pipeline
     calib, val = (read_photos(images / split, pipeline) for split in ('calib', 'val'))
     start = time.perf_counter()
     base = right(model, val)
-    yield _row(name, 'float', 0, base, base, start)
+    yield _row((name, via), 'float', 0, base, base, start)
     for recipe, seed in itertools.product(recipes, seeds):
         start = time.perf_counter()
-        _, model = load_model(name, images / 'weights')
+        _, model = load_model(name, images / 'weights', via)
         input_quant = cfg.quant_scheme.input_quant
         fq.quantize_model_(model, fq.get_scheme(**RECIPES[recipe], input_quant=input_quant))
         fq.calibrate_(model, calib.shuffled(seed).batches(batch_size), forward)
         fq.quant(model)
-        yield _row(name, recipe, seed, right(model, val), base, start)
+        yield _row((name, via), recipe, seed, right(model, val), base, start)
 
 
-def _row(model: str, recipe: str, seed: int, hits: Tensor, base: Tensor, start: float) -> Row:
+def _row(model: tuple[str, str], recipe: str, seed: int, hits: Tensor, base: Tensor, start: float) -> Row:
     top1 = 100 * hits.float().mean().item()
-    return Row(model, recipe, seed, len(hits), top1, int((hits != base).sum()), time.perf_counter() - start)
+    return Row(*model, recipe, seed, len(hits), top1, int((hits != base).sum()), time.perf_counter() - start)
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The results for a terminal."""
-    result = Table('model', 'recipe', 'seed', 'images', 'top-1', 'changed', 'seconds')
+    result = Table('model', 'via', 'recipe', 'seed', 'images', 'top-1', 'changed', 'seconds')
     for row in rows:
         cells = (
             row.model,
+            row.via,
             row.recipe,
             str(row.seed),
             str(row.images),
@@ -158,6 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('images', metavar='IMAGES', type=Path)
     parser.add_argument('--models', nargs='+', choices=WEIGHTS, default=list(WEIGHTS))
+    parser.add_argument(
+        '--via',
+        nargs='+',
+        choices=BUILDERS,
+        default=['mmpretrain'],
+        help='who builds the models',
+    )
     parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), metavar='RECIPE')
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help="orders of calib's images (default: 0)")
     parser.add_argument('--batch-size', type=int, default=20, metavar='N', help='of calibration (default: 20)')
@@ -171,11 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     rows: list[Row] = []
     try:
-        for name in args.models:
-            for row in evaluate(args.images, name, args.recipes, args.seeds, args.batch_size):
+        for name, via in itertools.product(args.models, args.via):
+            for row in evaluate(args.images, name, args.recipes, args.seeds, args.batch_size, via):
                 rows.append(row)
                 console.print(
-                    f'{row.model}: {row.recipe}, seed {row.seed}: {row.top1:.2f} ({row.seconds:.0f} s)',
+                    f'{row.model} ({row.via}): {row.recipe}, seed {row.seed}: {row.top1:.2f} ({row.seconds:.0f} s)',
                     highlight=False,
                 )
     except (ValueError, OSError) as error:

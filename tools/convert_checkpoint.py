@@ -21,6 +21,8 @@ examples:
   # AugReg's npz, a Hub download
   python tools/convert_checkpoint.py Ti_16-i21k-300ep--imagenet2012-res_224.npz vit-tiny.pth
   python tools/convert_checkpoint.py model.safetensors vit-base.pth --force
+  # for a TimmClassifier: timm's names stay, the file becomes one that MMEngine loads
+  python tools/convert_checkpoint.py model.safetensors vit-base-timm.pth --keep-names
   # then
   mim test mmpretrain CONFIG --checkpoint deit-tiny.pth
 
@@ -30,7 +32,6 @@ exit codes: 0 done, 2 something is wrong with what was given (one line on stderr
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='convert_checkpoint.py',
         description='Rewrite a ViT, DeiT or Swin checkpoint of timm, the official releases, AugReg '
         'or Hugging Face under MMPretrain names.',
         epilog=_EXAMPLES,
@@ -39,10 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('src', metavar='SRC', type=Path, help='.pth, .pt, .bin, .npz or .safetensors file')
     parser.add_argument('dst', metavar='DST', type=Path, help='the MMPretrain checkpoint to write')
     parser.add_argument('--force', action='store_true', help='overwrite DST if it exists')
+    parser.add_argument('--keep-names', action='store_true', help='for a TimmClassifier: rename nothing')
     return parser
 
 
-def convert(src: Path, dst: Path, force: bool = False) -> str:
+def convert(src: Path, dst: Path, force: bool = False, keep_names: bool = False) -> str:
     """Convert file ``src`` to file ``dst`` and say what was done; ValueError or OSError if not."""
     if dst.is_dir():
         raise ValueError(f'{dst} is a folder; give the name of the file to write')
@@ -53,7 +55,7 @@ def convert(src: Path, dst: Path, force: bool = False) -> str:
     source = load_checkpoint_file(src)
     try:
         family = recognise_family(source)
-        weights = convert_state_dict(source)
+        weights = source if keep_names else convert_state_dict(source)
     except ValueError as error:
         raise ValueError(f'{src}: {error}') from error
     meta = {'converted_from': src.name, 'family': family}
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 after one line on stderr."""
     args = _parser().parse_args(argv)
     try:
-        report = convert(args.src, args.dst, args.force)
+        report = convert(args.src, args.dst, args.force, args.keep_names)
     # torch.save reports a full disk or a read-only folder as RuntimeError
     except (ValueError, OSError, RuntimeError, pickle.PicklingError) as error:
         print(f'error: {" ".join(str(error).split())}', file=sys.stderr)

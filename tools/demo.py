@@ -63,7 +63,6 @@ class Row:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
-        prog='demo.py',
         description=(__doc__ or '').strip(),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -74,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help=f'which of {", ".join(OBSERVERS)}; default: all of them',
     )  # fmt: skip
     parser.add_argument(
-        '--work-dir', type=Path, default=ROOT / 'work_dirs' / 'demo', metavar='DIR',
+        '--work-dir', type=Path, default=Path('work_dirs/demo'), metavar='DIR',
         help='where images and trained weights are kept; default: work_dirs/demo',
     )  # fmt: skip
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the table to FILE as well')

@@ -17,6 +17,8 @@ __all__ = [
     'QNormAct',
     'QPatchEmbed',
     'QPooling',
+    'QPositionEncoding',
+    'adaptive_padding_of',
     'check_ffn',
     'check_norm',
     'check_patch_embed',
@@ -91,33 +93,34 @@ class QLinearAct(QLinear):
     out_act: QAct
 
     @classmethod
-    def wrap(cls, linear: nn.Linear, make: LayerFactory) -> QLinearAct:
-        """The twin of ``linear`` with a quantizer on its output."""
+    def wrap(cls, linear: nn.Linear, make: LayerFactory, out_act: QAct | None = None) -> QLinearAct:
+        """The twin of ``linear`` with a quantizer on its output, by default one for an activation."""
         twin = cls.from_float(linear, make.scheme.weight)
-        twin.out_act = make.act()
+        twin.out_act = make.act() if out_act is None else out_act
         return twin  # type: ignore[return-value]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """(…, C_in) to (…, C_out), quantized."""
-        return self.out_act(super().forward(x))
+        return self.out_act(super().forward(x, bias))
 
 
 class QNormAct(QIntLayerNorm):
     """A LayerNorm that knows its input's quantizer and quantizes its output."""
 
     out_act: QAct
+    tile: int
 
     @classmethod
-    def wrap(cls, norm: nn.LayerNorm, input_act: QAct, make: LayerFactory) -> QNormAct:
-        """The twin of ``norm``, which reads what ``input_act`` quantized."""
-        twin = cls.from_float(norm, make.scheme.int_norm, make.scheme.arithmetic)
-        twin.out_act = make.act()
+    def wrap(cls, norm: nn.LayerNorm, input_act: QAct, make: LayerFactory, tile: int = 1) -> QNormAct:
+        """The twin of ``norm``, which reads what ``input_act`` quantized, ``tile`` tokens of it side by side."""
+        twin: Any = cls.from_float(norm, make.scheme.int_norm, make.scheme.arithmetic)
+        twin.out_act, twin.tile = make.act(), tile
         link(twin, input_act)
-        return twin  # type: ignore[return-value]
+        return twin
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(…, C) to (…, C), quantized."""
-        return super().forward(x, linked(self), self.out_act)
+        return super().forward(x, linked(self), self.out_act, tile=self.tile)
 
 
 class QPooling(nn.Module):
@@ -155,14 +158,20 @@ class QFFN(nn.Module):
         self.hidden_act = make.act()
         self.out_act = make.act()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """(B, N, C) to (B, N, C), times the block's layer scale (C,) where the block has it (BEiT)."""
         hidden: Any = self.layers[0]
         linear, activation, hidden_dropout = hidden
         x = hidden_dropout(self.hidden_act(activation(linear(x))))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
-        x = self.out_act(self.gamma2(self.layers[1](x)))
+        x = self.gamma2(self.layers[1](x))
+        x = self.out_act(x if scale is None else scale * x)
         return self.dropout_layer(self.layers[2](x))
+
+
+def adaptive_padding_of(patches: Any) -> Any:
+    """What pads the input of a patch layer, or None; MMSegmentation and MMDetection call it ``adap_padding``."""
+    return patches.adaptive_padding if hasattr(patches, 'adaptive_padding') else patches.adap_padding
 
 
 class QPatchEmbed(nn.Module):
@@ -177,7 +186,7 @@ class QPatchEmbed(nn.Module):
 
     def __init__(self, embed: Any, make: LayerFactory) -> None:
         super().__init__()
-        self.adaptive_padding = embed.adaptive_padding
+        self.adaptive_padding = adaptive_padding_of(embed)
         self.projection = make.conv(embed.projection)
         self.norm = None if embed.norm is None else make.norm(embed.norm)
         self.init_input_size, self.init_out_size = embed.init_input_size, embed.init_out_size
@@ -203,6 +212,27 @@ class QPatchEmbed(nn.Module):
         return x, out_size
 
 
+class QPositionEncoding(nn.Module):
+    """Conditional position encoding (Twins, DaViT): a depthwise convolution and the residual sum.
+
+    Args:
+        encoding: the float module.
+        make: builds Q layers.
+        residual_act: the quantizer of the sum.
+    """
+
+    def __init__(self, encoding: Any, make: LayerFactory, residual_act: QAct) -> None:
+        super().__init__()
+        self.proj = make.conv(encoding.proj)
+        self.position_act = make.act()
+        self.residual_act = residual_act
+
+    def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
+        """(B, H W, C) to (B, H W, C), on the grid of ``residual_act``."""
+        position = self.proj(x.transpose(1, 2).unflatten(2, hw_shape).contiguous())
+        return self.residual_act(self.position_act(position).flatten(2).transpose(1, 2) + x)
+
+
 def check_norm(norm: Any, path: str) -> None:
     """Refuse norms other than LayerNorm.
 
@@ -213,16 +243,23 @@ def check_norm(norm: Any, path: str) -> None:
         raise ValueError(f'{path} is a {type(norm).__name__}, not a LayerNorm: not covered')
 
 
-def check_ffn(ffn: Any, path: str) -> None:
-    """Refuse MLPs that are not two linear layers with an activation between, and a residual sum.
+def check_ffn(ffn: Any, path: str, sums: bool = True) -> None:
+    """Refuse MLPs that are not two linear layers with an activation between.
+
+    Args:
+        ffn: mmcv's FFN.
+        path: its name in the error.
+        sums: whether the float block leaves the residual sum to the MLP.
 
     Raises:
         ValueError: names the MLP.
     """
     if not hasattr(ffn, 'layers') or len(ffn.layers) != 3:
         raise ValueError(f'{path} is a {type(ffn).__name__} with other than two linear layers: not covered')
-    if not ffn.add_identity:
+    if sums and not ffn.add_identity:
         raise ValueError(f'{path} has add_identity=False, without the residual sum: not covered')
+    if ffn.add_identity and not sums:
+        raise ValueError(f'{path} has add_identity=True, a second residual sum: not covered')
 
 
 def check_patch_embed(embed: Any) -> None:

@@ -17,6 +17,7 @@ from .common import (
     LayerFactory,
     QNormAct,
     QPatchEmbed,
+    adaptive_padding_of,
     check_ffn,
     check_norm,
     check_patch_embed,
@@ -26,7 +27,7 @@ from .common import (
 )
 from .family import Family, class_path
 
-__all__ = ['FAMILY', 'QPatchMerging', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
+__all__ = ['FAMILY', 'QPatchMerging', 'QPositionedDropout', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
 
 
 class QWindowMSA(nn.Module):
@@ -38,7 +39,9 @@ class QWindowMSA(nn.Module):
         super().__init__()
         self.num_heads, self.window_size, self.scale = attn.num_heads, attn.window_size, attn.scale
         self.relative_position_bias_table = attn.relative_position_bias_table
-        self.register_buffer('relative_position_index', attn.relative_position_index)
+        # saved where the float module saves it: MMPretrain's does, timm's does not
+        persistent = 'relative_position_index' in attn.state_dict()
+        self.register_buffer('relative_position_index', attn.relative_position_index, persistent)
         self.qkv = make.linear(attn.qkv)
         self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
         self.proj = make.linear(attn.proj)
@@ -52,14 +55,14 @@ class QWindowMSA(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(windows B, N, C) to the same; ``mask`` is (windows, N, N), negative across window borders."""
-        windows, tokens, channels = x.shape
+        windows, tokens, _ = x.shape
         qkv = self.qkv_act(self.qkv(x))
-        qkv = qkv.reshape(windows, tokens, 3, self.num_heads, channels // self.num_heads).permute(2, 0, 3, 1, 4)
+        qkv = qkv.reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (windows B, heads, N, D) each
         scores = self.scores_act(product(q * self.scale, k.transpose(-2, -1)))
         logits = scores + self._position_bias(tokens)  # (windows B, heads, N, N)
         probs = self.attn_drop(self._softmax(logits, mask))
-        x = product(probs, v).transpose(1, 2).reshape(windows, tokens, channels)
+        x = product(probs, v).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj_act(self.proj(self.context_act(x))))
 
     def _position_bias(self, tokens: int) -> Tensor:
@@ -104,7 +107,7 @@ class QPatchMerging(nn.Module):
     def __init__(self, merging: Any, make: LayerFactory) -> None:
         super().__init__()
         self.in_channels, self.out_channels = merging.in_channels, merging.out_channels
-        self.adaptive_padding, self.sampler = merging.adaptive_padding, merging.sampler
+        self.adaptive_padding, self.sampler = adaptive_padding_of(merging), merging.sampler
         self.norm = make.norm(merging.norm)
         self.reduction = make.linear(merging.reduction)
         self.norm_act = make.act()
@@ -112,6 +115,12 @@ class QPatchMerging(nn.Module):
 
     def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """(B, H W, C) to (B, H/2 W/2, C'), on the grid of ``residual_act``, and the new height and width."""
+        x, size = self._unfold(x, input_size)
+        repeat = self.sampler.kernel_size[0] * self.sampler.kernel_size[1]
+        x = self.norm(x, linked(self), self.norm_act, repeat=repeat)
+        return self.residual_act(self.reduction(x)), size
+
+    def _unfold(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         batch, _, channels = x.shape
         x = x.view(batch, *input_size, channels).permute(0, 3, 1, 2)  # (B, C, H, W)
         if self.adaptive_padding is not None:
@@ -121,18 +130,17 @@ class QPatchMerging(nn.Module):
             (x.shape[2 + i] + 2 * self.sampler.padding[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1
             for i in range(2)
         )
-        x = self.sampler(x).transpose(1, 2)  # (B, H/2 W/2, 4C), the four neighbours of a channel side by side
-        x = self.norm(x, linked(self), self.norm_act, repeat=kernel[0] * kernel[1])
-        return self.residual_act(self.reduction(x)), (height, width)
+        # (B, H/2 W/2, 4C), the four neighbours of a channel side by side
+        return self.sampler(x).transpose(1, 2), (height, width)
 
 
-class _QPositionedDropout(nn.Module):
+class QPositionedDropout(nn.Module):
     """Quantizes the sum of patches and absolute position embedding, then drops as the float model does."""
 
-    def __init__(self, dropout: Any, channels: int, make: LayerFactory) -> None:
+    def __init__(self, dropout: Any, residual_act: QAct) -> None:
         super().__init__()
         self.dropout = dropout
-        self.residual_act = make.norm_input(channels)
+        self.residual_act = residual_act
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
@@ -163,7 +171,8 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
     backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
     previous: QAct = backbone.patch_embed.last_act
     if backbone.use_abs_pos_embed:
-        backbone.drop_after_pos = _QPositionedDropout(backbone.drop_after_pos, backbone.embed_dims, make)
+        channels = backbone.absolute_pos_embed.shape[-1]
+        backbone.drop_after_pos = QPositionedDropout(backbone.drop_after_pos, make.norm_input(channels))
         previous = backbone.drop_after_pos.residual_act
     for s, stage in enumerate(backbone.stages):
         for b, block in enumerate(stage.blocks):
@@ -176,10 +185,15 @@ def quantize_swin_(backbone: Any, make: LayerFactory) -> None:
             link(stage.downsample, previous)
             previous = stage.downsample.residual_act
         if s in backbone.out_indices:
-            read = previous if backbone.out_after_downsample else feature_act
+            read = previous if getattr(backbone, 'out_after_downsample', False) else feature_act
             norm = getattr(backbone, f'norm{s}')
             if not isinstance(norm, nn.Identity):  # norm_cfg=None: the feature leaves on the grid of `read`
                 setattr(backbone, f'norm{s}', QNormAct.wrap(norm, read, make))
 
 
-FAMILY = Family((class_path(SwinTransformer),), check_swin, quantize_swin_)
+FAMILY = Family(
+    (class_path(SwinTransformer),),
+    check_swin,
+    quantize_swin_,
+    covers='absolute position embedding, several `out_indices`, `out_after_downsample`, `pad_small_map`',
+)

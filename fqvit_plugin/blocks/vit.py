@@ -1,31 +1,35 @@
-"""Quantized twins of MMPretrain's plain ViTs: VisionTransformer, DistilledVisionTransformer, DeiT3.
+"""Quantized twins of MMPretrain's plain ViTs: VisionTransformer (CLIP, DINOv2, …), the distilled one, DeiT3.
 
 The twins keep the paths and the call of what they replace: ``backbone.layers[i](x)``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from mmpretrain.models import DeiT3, DistilledVisionTransformer, VisionTransformer
+from mmpretrain.models.backbones.base_backbone import BaseBackbone
 from mmpretrain.models.backbones.deit3 import DeiT3TransformerEncoderLayer
 from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
 from ..layers import QAct
+from .attention import QSelfAttention
 from .common import (
     QFFN,
     LayerFactory,
+    QNormAct,
     QPatchEmbed,
     check_ffn,
     check_norm,
     check_patch_embed,
     link,
     linked,
-    product,
 )
 from .family import Family, class_path
+from .swiglu import QSwiGLU, check_swiglu, is_swiglu
 
 __all__ = [
     'FAMILY',
@@ -33,36 +37,26 @@ __all__ = [
     'QDistilledVisionTransformer',
     'QEncoderBlock',
     'QMultiheadAttention',
+    'QPlainViT',
     'QVisionTransformer',
+    'check_patches_and_norms',
+    'quantize_plain_vit_',
 ]
 
 
-class QMultiheadAttention(nn.Module):
-    """Multi-head self-attention with every product's operands on an integer grid."""
+class QMultiheadAttention(QSelfAttention):
+    """MMPretrain's multi-head self-attention, with layer scale."""
 
     def __init__(self, attn: Any, make: LayerFactory) -> None:
-        super().__init__()
-        self.num_heads, self.head_dims = attn.num_heads, attn.head_dims
-        self.qkv = make.linear(attn.qkv)
+        super().__init__(attn, attn.head_dims, make)
         self.proj = make.linear(attn.proj)
+        self.proj_act = make.act()
         self.proj_drop, self.out_drop, self.gamma1 = attn.proj_drop, attn.out_drop, attn.gamma1
         self.attn_drop = nn.Dropout(attn.attn_drop)
-        self.qkv_act = make.act()
-        self.logits_act = make.act()
-        self.probs = make.softmax()
-        self.context_act = make.act()
-        self.proj_act = make.act()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        batch, tokens, _ = x.shape
-        qkv = self.qkv_act(self.qkv(x))
-        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, self.head_dims).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (B, heads, N, D) each
-        logits = product(q, k.transpose(-2, -1)).mul_(self.head_dims**-0.5)  # (B, heads, N, N)
-        probs = self.attn_drop(self.probs(logits, self.logits_act))
-        x = product(probs, v).transpose(1, 2).reshape(batch, tokens, -1)
-        x = self.proj_act(self.gamma1(self.proj(self.context_act(x))))
+        x = self.proj_act(self.gamma1(self.proj(self.context(x))))
         return self.out_drop(self.proj_drop(x))
 
 
@@ -77,7 +71,7 @@ class QEncoderBlock(nn.Module):
         channels = block.ln1.normalized_shape[0]
         self.ln1, self.ln2 = make.norm(block.ln1), make.norm(block.ln2)
         self.attn = QMultiheadAttention(block.attn, make)
-        self.ffn = QFFN(block.ffn, make)
+        self.ffn = QSwiGLU(block.ffn, make) if is_swiglu(block.ffn) else QFFN(block.ffn, make)
         self.norm1_act = make.act()
         self.attn_residual_act = make.norm_input(channels)
         self.norm2_act = make.act()
@@ -93,8 +87,11 @@ class QEncoderBlock(nn.Module):
         return self.residual_act(x + self.ffn(y))
 
 
-class QVisionTransformer(VisionTransformer):
-    """MMPretrain's VisionTransformer after surgery; made by :func:`quantize_vit_`, not constructed."""
+class QPlainViT(BaseBackbone):
+    """The forward of a plain ViT after surgery (abstract): what leaves which block, and how it is normed.
+
+    A twin inherits from this and from its float class, whose ``_format_output`` picks the tokens.
+    """
 
     embed_act: QAct  # class token and patches
     pos_act: QAct  # position embedding
@@ -107,13 +104,22 @@ class QVisionTransformer(VisionTransformer):
         """(B, 3, H, W) to the features of ``out_indices``, as the float backbone gives them."""
         x, hw = self.patch_embed(x)
         x = self.drop_after_pos(self.residual_act(self._add_position(x, hw)))
+        x = self._before_layers(x)
+        extras = self._layer_inputs(hw)
         outs = []
         for i, layer in enumerate(self.layers):
-            x = layer(x)
+            x = layer(x, *extras)
             normed = i == len(self.layers) - 1 and self.final_norm
             if i in self.out_indices:
                 outs.append(self._features(x, hw, normed))
         return tuple(outs)
+
+    def _before_layers(self, x: Tensor) -> Tensor:
+        return x
+
+    def _layer_inputs(self, hw: tuple[int, int]) -> tuple[Any, ...]:
+        """What every block takes besides its tokens."""
+        return ()
 
     def _prefix(self, batch: int) -> list[Tensor]:
         return [] if self.cls_token is None else [self.cls_token.expand(batch, -1, -1)]
@@ -123,8 +129,10 @@ class QVisionTransformer(VisionTransformer):
         return self.pos_act(position)
 
     def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor:
-        tokens = self.embed_act(torch.cat((*self._prefix(len(patches)), patches), dim=1))
-        return tokens + self._position(hw, self.num_extra_tokens)
+        tokens = torch.cat((*self._prefix(len(patches)), patches), dim=1)
+        if self.pos_embed is None:  # BEiT: the first quantizer of the class token is residual_act
+            return tokens
+        return self.embed_act(tokens) + self._position(hw, self.num_extra_tokens)
 
     def _features(self, x: Tensor, hw: tuple[int, int], normed: bool) -> Tensor | tuple[Tensor, ...]:
         residual = self.layers[-1].residual_act
@@ -147,14 +155,21 @@ class QVisionTransformer(VisionTransformer):
         return self.ln2(pooled, self.pooled_act, self.output_act)
 
 
-class QDistilledVisionTransformer(QVisionTransformer, DistilledVisionTransformer):
+class QVisionTransformer(QPlainViT, VisionTransformer):
+    """MMPretrain's VisionTransformer after surgery; made by :func:`quantize_vit_`, not constructed."""
+
+    def _before_layers(self, x: Tensor) -> Tensor:
+        return self.pre_norm(x)  # nothing, or CLIP's LayerNorm of the residual stream
+
+
+class QDistilledVisionTransformer(QPlainViT, DistilledVisionTransformer):
     """MMPretrain's DistilledVisionTransformer after surgery."""
 
     def _prefix(self, batch: int) -> list[Tensor]:
         return [token.expand(batch, -1, -1) for token in (self.cls_token, self.dist_token)]
 
 
-class QDeiT3(QVisionTransformer, DeiT3):
+class QDeiT3(QPlainViT, DeiT3):
     """MMPretrain's DeiT3 after surgery: the class token joins after the position embedding."""
 
     def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor:
@@ -170,34 +185,70 @@ TWINS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
+def check_patches_and_norms(backbone: Any) -> None:
+    """Refuse patch embeddings and norms that :class:`QPlainViT` does not cover.
+
+    Raises:
+        ValueError: names the part that is not covered.
+    """
+    check_patch_embed(backbone.patch_embed)
+    for i, layer in enumerate(backbone.layers):
+        for path in ('ln1', 'ln2') if hasattr(layer, 'ln1') else ('norm1', 'norm2'):
+            check_norm(getattr(layer, path), f'layers.{i}.{path}')
+    for path in ('ln1', 'ln2', 'pre_norm'):
+        if not isinstance(norm := getattr(backbone, path, nn.Identity()), nn.Identity):
+            check_norm(norm, path)
+
+
 def check_vit(backbone: Any) -> None:
     """Refuse the variants these twins do not cover.
 
     Raises:
         ValueError: names the part that is not covered.
     """
-    if not isinstance(getattr(backbone, 'pre_norm', nn.Identity()), nn.Identity):
-        raise ValueError(f'{type(backbone).__name__} with pre_norm=True (CLIP) is not covered')
-    check_patch_embed(backbone.patch_embed)
+    pre_norm = getattr(backbone, 'pre_norm', nn.Identity())
+    if not isinstance(pre_norm, nn.Identity) and type(backbone) is not VisionTransformer:
+        raise ValueError(
+            f'{type(backbone).__name__} with pre_norm=True is not covered: MMPretrain builds that norm '
+            'and never applies it'
+        )
+    check_patches_and_norms(backbone)
     for i, layer in enumerate(backbone.layers):
-        for path in ('ln1', 'ln2'):
-            check_norm(getattr(layer, path), f'layers.{i}.{path}')
-        check_ffn(layer.ffn, f'layers.{i}.ffn')
+        if is_swiglu(layer.ffn):
+            check_swiglu(layer.ffn, f'layers.{i}.ffn')
+        else:
+            check_ffn(layer.ffn, f'layers.{i}.ffn')
         if getattr(layer.attn, 'v_shortcut', False):
             raise ValueError(f'layers.{i}.attn has a value shortcut, which is not covered')
 
 
-def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
-    """Put quantized twins into a plain ViT that passed :func:`check_vit`, in place."""
+def quantize_plain_vit_(
+    backbone: Any, make: LayerFactory, block_twin: Callable[[Any], nn.Module], twin: type
+) -> None:
+    """Put quantized twins into a backbone that becomes a :class:`QPlainViT`, in place.
+
+    Args:
+        backbone: passed the check of its family.
+        make: builds Q layers.
+        block_twin: a block's twin, with ``residual_act`` on its output.
+        twin: the backbone's class after surgery.
+    """
     backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
-    channels = backbone.embed_dims
-    backbone.embed_act, backbone.pos_act = make.act(), make.act_of_shared()
-    backbone.residual_act = make.norm_input(channels)
-    previous = backbone.residual_act
+    if backbone.pos_embed is not None:
+        backbone.embed_act, backbone.pos_act = make.act(), make.act_of_shared()
+    previous = backbone.residual_act = make.norm_input(backbone.embed_dims)
+    if not isinstance(getattr(backbone, 'pre_norm', nn.Identity()), nn.Identity):
+        backbone.pre_norm = QNormAct.wrap(backbone.pre_norm, previous, make)
+        previous = backbone.pre_norm.out_act = make.norm_input(backbone.embed_dims)  # where the stream begins
     for i, layer in enumerate(backbone.layers):
-        backbone.layers[i] = QEncoderBlock(layer, make)
+        backbone.layers[i] = block_twin(layer)
         link(backbone.layers[i], previous)
         previous = backbone.layers[i].residual_act
+    _quantize_output_(backbone, make)
+    backbone.__class__ = twin
+
+
+def _quantize_output_(backbone: Any, make: LayerFactory) -> None:
     if backbone.final_norm:
         backbone.ln1 = make.norm(backbone.ln1)
     norms_output = backbone.final_norm and len(backbone.layers) - 1 in backbone.out_indices
@@ -208,7 +259,16 @@ def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
             backbone.token_act = make.act()
     if norms_output or backbone.out_type == 'avg_featmap':
         backbone.output_act = make.act()
-    backbone.__class__ = TWINS[type(backbone)]
 
 
-FAMILY = Family(tuple(map(class_path, TWINS)), check_vit, quantize_vit_)
+def quantize_vit_(backbone: Any, make: LayerFactory) -> None:
+    """Put quantized twins into a plain ViT that passed :func:`check_vit`, in place."""
+    quantize_plain_vit_(backbone, make, lambda block: QEncoderBlock(block, make), TWINS[type(backbone)])
+
+
+FAMILY = Family(
+    tuple(map(class_path, TWINS)),
+    check_vit,
+    quantize_vit_,
+    covers='ViT, DeiT, MAE, DINO, DINOv2 (SwiGLU) and CLIP (`pre_norm=True`) towers; layer scale; every `out_type`',
+)
