@@ -26,11 +26,14 @@ from .phase import Phase, QuantLayer, full_precision
 from .quantizers import UniformQuantizer, build_quantizer
 from .registry import LAYERS
 from .scheme import BitType, QuantSpec
+from .tables import TABLE_BITS, input_grid
 
-__all__ = ['QAct', 'QConv2d', 'QIntLayerNorm', 'QIntSoftmax', 'QLinear']
+__all__ = ['QAct', 'QActOf', 'QConv2d', 'QIntLayerNorm', 'QIntSoftmax', 'QLinear']
 
 WEIGHT_SPEC = QuantSpec(BitType(8, signed=True), axis=0)
 ACT_SPEC = QuantSpec(BitType(8, signed=False))
+#: The lowest code of the grid that a table's input is on.
+_LOWEST = -(2 ** (TABLE_BITS - 1))
 
 
 def _register(cls: type) -> type:
@@ -190,6 +193,44 @@ class QAct(QuantLayer):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape out as in."""
         return self.quantized(x, self.quantizer, self.inplace)
+
+
+class QActOf(QAct):
+    """A function of one value and the quantizer of its result, as one layer.
+
+    Under strict quant the function reads a 16-bit grid, because integer arithmetic has it as a table; see
+    :mod:`fqvit_plugin.tables`.
+
+    Args:
+        function: GELU, for instance; it belongs to somebody else.
+    """
+
+    def __init__(self, function: nn.Module, spec: QuantSpec | Mapping[str, Any] = ACT_SPEC) -> None:
+        super().__init__(spec, inplace=True)
+        self._function = (function,)  # in a tuple: no submodule, it keeps its place in the float model
+        self.input_grid: tuple[float, int] | None = None
+
+    @property
+    def function(self) -> nn.Module:
+        """What is quantized by this layer."""
+        return self._function[0]
+
+    def freeze(self) -> None:
+        """Find the grid that the function reads."""
+        spec = self.quantizer.spec
+        if spec.arithmetic == 'strict' and isinstance(self.quantizer, UniformQuantizer) and spec.axis is None:
+            self.input_grid = input_grid(self.function, self.quantizer)
+
+    def thaw(self) -> None:
+        """Forget it."""
+        self.input_grid = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Same shape out as in; overwrites ``x`` under quant."""
+        if self.phase is Phase.QUANT and self.input_grid is not None:
+            step, zero = self.input_grid
+            x = x.float().div_(step).round_().clamp_(_LOWEST - zero, -_LOWEST - 1 - zero).mul_(step)
+        return self.quantized(self.function(x), self.quantizer, self.inplace)
 
 
 @_register

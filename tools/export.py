@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument('config', metavar='CONFIG', type=Path)
     parser.add_argument('checkpoint', metavar='CALIBRATED', type=Path, help='what tools/calibrate.py wrote')
-    parser.add_argument('--format', choices=['int'], default='int', help='int: packed integers in safetensors (default)')
+    parser.add_argument('--format', choices=['int'], default='int', help='int: packed safetensors (default)')
     parser.add_argument('--out', metavar='FILE', type=Path, required=True, help='what to write')
     parser.add_argument('--image-size', type=int, nargs=2, metavar=('H', 'W'), help="default: the backbone's")
     parser.add_argument('--force', action='store_true', help='overwrite FILE if it exists')

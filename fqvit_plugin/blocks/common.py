@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
+from ..layers import QAct, QActOf, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from ..phase import QuantLayer, full_precision
 from ..scheme import QuantScheme
 
@@ -44,6 +44,10 @@ class LayerFactory:
     def act(self) -> QAct:
         """Quantizer of an activation that was just computed and has no other reader."""
         return QAct(self.scheme.act, inplace=True).to(self.device)
+
+    def act_of(self, function: nn.Module) -> QActOf:
+        """``function``, GELU for instance, and the quantizer of its result; overwrites its input."""
+        return QActOf(function, self.scheme.act).to(self.device)
 
     def act_of_shared(self) -> QAct:
         """Quantizer of a tensor that belongs to somebody else: the image, a parameter."""
@@ -155,14 +159,14 @@ class QFFN(nn.Module):
         )
         self.gamma2 = ffn.gamma2
         self.dropout_layer = ffn.dropout_layer
-        self.hidden_act = make.act()
+        self.hidden_act = make.act_of(activation)
         self.out_act = make.act()
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C), times the block's layer scale (C,) where the block has it (BEiT)."""
         hidden: Any = self.layers[0]
-        linear, activation, hidden_dropout = hidden
-        x = hidden_dropout(self.hidden_act(activation(linear(x))))  # (B, N, 4C)
+        linear, _, hidden_dropout = hidden  # the activation is part of hidden_act
+        x = hidden_dropout(self.hidden_act(linear(x)))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
         x = self.gamma2(self.layers[1](x))
         x = self.out_act(x if scale is None else scale * x)

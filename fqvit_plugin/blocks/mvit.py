@@ -88,11 +88,11 @@ class QMLP(nn.Module):
     def __init__(self, mlp: Any, make: LayerFactory) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = make.linear(mlp.fc1), mlp.act, make.linear(mlp.fc2)
-        self.hidden_act, self.out_act = make.act(), make.act()
+        self.hidden_act, self.out_act = make.act_of(self.act), make.act()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C')."""
-        return self.out_act(self.fc2(self.hidden_act(self.act(self.fc1(x)))))
+        return self.out_act(self.fc2(self.hidden_act(self.fc1(x))))
 
 
 class QMultiScaleBlock(nn.Module):

@@ -20,7 +20,7 @@ class QSwiGLU(nn.Module):
         self.w12, self.w3 = make.linear(ffn.w12), make.linear(ffn.w3)
         self.silu = nn.SiLU()
         self.gamma2, self.dropout_layer = ffn.gamma2, ffn.dropout_layer
-        self.gate_act, self.value_act = make.act(), make.act()
+        self.gate_act, self.value_act = make.act_of(self.silu), make.act()
         self.norm: nn.Module = ffn.norm
         if isinstance(ffn.norm, nn.Identity):
             self.hidden_act = make.act()
@@ -32,7 +32,7 @@ class QSwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
         gate, value = self.w12(x).chunk(2, dim=-1)
-        x = self.gate_act(self.silu(gate)) * self.value_act(value)
+        x = self.gate_act(gate.contiguous()) * self.value_act(value)
         x = self.norm(self.hidden_act(x))
         return self.dropout_layer(self.out_act(self.gamma2(self.w3(x))))
 

@@ -71,12 +71,12 @@ def quantize_patch_embed_(embed: Any, make: LayerFactory) -> QAct:
 class QTimmMlp(Mlp):
     """timm's Mlp after surgery; layer scale, which timm's block applies, comes before the last quantizer."""
 
-    hidden_act: QAct
+    hidden_act: QAct  # with the activation before it
     out_act: QAct
 
     def forward(self, x: Tensor, layer_scale: nn.Module | None = None) -> Tensor:
         """(…, C) to (…, C), on the grid of ``out_act``."""
-        x = self.norm(self.drop1(self.hidden_act(self.act(self.fc1(x)))))  # (…, 4C)
+        x = self.norm(self.drop1(self.hidden_act(self.fc1(x))))  # (…, 4C)
         x = self.drop2(self.fc2(x))
         return self.out_act(x if layer_scale is None else layer_scale(x))
 
@@ -84,7 +84,7 @@ class QTimmMlp(Mlp):
 def quantize_mlp_(mlp: Any, make: LayerFactory) -> None:
     """Quantize an Mlp in place."""
     mlp.fc1, mlp.fc2 = make.linear(mlp.fc1), make.linear(mlp.fc2)
-    mlp.hidden_act, mlp.out_act = make.act(), make.act()
+    mlp.hidden_act, mlp.out_act = make.act_of(mlp.act), make.act()
     mlp.norm = norm_twin(mlp.norm, mlp.hidden_act, make)
     mlp.__class__ = QTimmMlp
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..intmath import layernorm_constants, log_int_softmax_codes
-from ..layers import QAct, QIntLayerNorm
+from ..layers import QAct, QActOf, QIntLayerNorm
 from ..quantizers import UniformQuantizer
+from ..tables import TABLE_BITS, input_grid
 from .program import Grid, Op, Program
 
 __all__ = ['Builder', 'Codes', 'Sums']
@@ -65,13 +66,6 @@ def grid_of(act: QAct, name: str) -> Codes:
     return Codes(name, quantizer.scale.double().cpu(), quantizer.zero_point.long().cpu() - middle, bit_type.bits)
 
 
-def _fine_grid(low: float, high: float) -> tuple[Tensor, Tensor]:
-    """Scale and stored zero of a 16-bit grid over ``[low, high]``, which it widens to hold 0."""
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = (high - low) / (2**16 - 1)
-    return torch.tensor(scale, dtype=torch.float64), torch.tensor(round(-(2**15) - low / scale))
-
-
 def exponent_for(ratio: Tensor, gain_bits: int) -> int:
     """The shift that gives the largest ratio a gain of ``gain_bits`` bits; 1 to 46."""
     largest = float(ratio.abs().max())
@@ -103,7 +97,12 @@ class Builder:
         return Program(tuple(self._ops), self._constants, output.name, self._grids, image_size)
 
     def emit(
-        self, kind: str, inputs: Sequence[str], output: str, constants: dict[str, Tensor] | None = None, **settings: Any
+        self,
+        kind: str,
+        inputs: Sequence[str],
+        output: str,
+        constants: dict[str, Tensor] | None = None,
+        **settings: Any,
     ) -> str:
         """Add an operation; gives the name of its result."""
         if any(op.output == output for op in self._ops):
@@ -143,9 +142,7 @@ class Builder:
         """The image on the grid of ``act``."""
         grid = self.grid(act)
         _, zero = grid.single
-        self.emit(
-            'quantize', ['image'], grid.name, {'scale': act.scale.detach().clone()}, zero=zero, bits=grid.bits
-        )
+        self.emit('quantize', ['image'], grid.name, {'scale': act.scale.detach().clone()}, zero=zero, bits=grid.bits)
         return self._codes(grid)
 
     def linear(self, x: Codes, layer: Any, act: QAct, factor: Tensor | None = None) -> Codes:
@@ -188,9 +185,9 @@ class Builder:
         self.emit('affine', [x.name], out.name, constants, **settings)
         return self._codes(out)
 
-    def add(self, a: Codes, b: Codes, act: QAct) -> Codes:
+    def add(self, a: Codes, b: Codes, act: QAct, name: str | None = None) -> Codes:
         """A residual sum on the grid of ``act``."""
-        out = self.grid(act)
+        out = grid_of(act, name or self.path(act))
         ratio_a, ratio_b = a.scale / out.scale, b.scale / out.scale
         shift = min(exponent_for(ratio_a, 30), exponent_for(ratio_b, 30))
         constants = {
@@ -212,21 +209,12 @@ class Builder:
         self.emit('lookup', [x.name], out.name, {'table': table})
         return self._codes(out)
 
-    def function(self, x: Sums, term: Tensor, function: Callable[[Tensor], Tensor], act: QAct) -> Codes:
-        """``function(x + term)`` on the grid of ``act``, through a 16-bit grid that is fine where the code changes."""
-        low, high = self._active_range(function, act)
-        fine = Codes(f'{self.path(act)}.input', *_fine_grid(low, high), 16)
-        return self.lookup(self.affine(x, fine, term=term), function, act)
-
-    def _active_range(self, function: Callable[[Tensor], Tensor], act: QAct) -> tuple[float, float]:
-        """Outside of it the code of ``function(x)`` is constant."""
-        out = self.grid(act)
-        reach = 16 + 2.0**out.bits * float(out.scale.max()) * 2
-        x = torch.linspace(-reach, reach, 2**20 + 1, dtype=torch.float64)
-        changes = self.codes_of(function(x), act).diff().nonzero().flatten()
-        if not len(changes):
-            return -1.0, 1.0
-        return float(x[changes[0]]), float(x[changes[-1] + 1])
+    def function(self, x: Sums, term: Tensor, act: QActOf) -> Codes:
+        """``act.function(x + term)`` on the grid of ``act``: a table of 65,536 entries over the grid it reads."""
+        step, zero = input_grid(act.function, act.quantizer)
+        scale = torch.tensor(step, dtype=torch.float64)
+        fine = Codes(f'{self.path(act)}.input', scale, torch.tensor(zero), TABLE_BITS)
+        return self.lookup(self.affine(x, fine, term=term), act.function, act)
 
     def constant(self, x: Tensor, act: QAct, name: str) -> Codes:
         """Real values that never change, on the grid of ``act``."""
@@ -294,4 +282,3 @@ class Builder:
         settings = dict(guard=int(layer.guard), root_bits=int(layer.root_bits), bits=out.bits)
         self.emit('layernorm', [x.name], out.name, constants, **settings)
         return self._codes(out)
-

@@ -78,7 +78,8 @@ def load_integer(path: str | os.PathLike) -> IntegerModel:
     if metadata.get('format') != FORMAT:
         raise ValueError(f'{path} is no integer checkpoint: its header does not say {FORMAT!r}')
     if int(metadata['version']) > VERSION:
-        raise ValueError(f'{path} has version {metadata["version"]}; this fqvit_plugin reads up to {VERSION}: update it')
+        found = metadata['version']
+        raise ValueError(f'{path} has version {found}; this fqvit_plugin reads up to {VERSION}: update it')
     return IntegerModel(_program(json.loads(metadata['program']), tensors)).eval()
 
 
@@ -99,7 +100,8 @@ def _encode(value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if value.dtype is torch.int8 and value.ndim == 1 and len(value) > 2**12:
         starts = torch.cat((torch.ones(1, dtype=torch.bool), value.diff() != 0)).nonzero().flatten()
         if len(starts) * 3 < len(value):
-            return {'starts': starts.to(torch.uint16), 'values': value[starts]}, {'kind': 'runs', 'length': len(value)}
+            runs = {'starts': starts.to(torch.uint16), 'values': value[starts]}
+            return runs, {'kind': 'runs', 'length': len(value)}
     if value.dtype is torch.int8 and value.ndim == 2 and value.abs().max() <= 7:
         flat = torch.nn.functional.pad(value.flatten(), (0, value.numel() % 2)).to(torch.uint8) & 15
         return {'int4': flat[0::2] | (flat[1::2] << 4)}, {'kind': 'int4', 'shape': list(value.shape)}

@@ -76,11 +76,17 @@ def scale_of(layer: Any) -> Tensor | None:
     return weight
 
 
-def add_ffn(b: Builder, ffn: QFFN, x: Codes) -> Codes:
-    """The MLP, without its residual sum."""
+def add_ffn(b: Builder, ffn: Any, x: Codes) -> Codes:
+    """The MLP, without its residual sum.
+
+    Raises:
+        ValueError: SwiGLU.
+    """
+    if not isinstance(ffn, QFFN):
+        raise ValueError(f'{b.path(ffn)} is a {type(ffn).__name__}: not covered by the integer model')
     hidden: Any = ffn.layers[0]
     sums, bias = b.linear_sums(x, hidden[0])
-    hidden_codes = b.function(sums, bias, hidden[1], ffn.hidden_act)
+    hidden_codes = b.function(sums, bias, ffn.hidden_act)
     return b.linear(hidden_codes, ffn.layers[1], ffn.out_act, scale_of(ffn.gamma2))
 
 
@@ -104,5 +110,3 @@ def add_head(b: Builder, head: Any, x: Codes) -> Codes:
         else:
             raise ValueError(f'{b.path(layer)} in the head is not covered by the integer model')
     return x
-
-

@@ -8,7 +8,7 @@ from mmpretrain.models import SwinTransformer
 from torch import nn
 
 from ..blocks.common import QPooling
-from ..blocks.vit import QVisionTransformer
+from ..blocks.vit import QPlainViT
 from ..layers import QIntLayerNorm, QIntSoftmax
 from ..lifecycle import phase_of
 from ..phase import Phase
@@ -39,7 +39,7 @@ def to_integer(model: nn.Module, image_size: tuple[int, int] | None = None) -> I
     _check_strict(classifier)
     backbone, head = getattr(classifier, 'backbone', None), getattr(classifier, 'head', None)
     b = Builder(classifier)
-    if isinstance(backbone, QVisionTransformer):
+    if isinstance(backbone, QPlainViT):
         x = add_vit(b, backbone, image_size or _pair(backbone.img_size))
     elif isinstance(backbone, SwinTransformer):
         image_size = image_size or _pair(backbone.patch_embed.init_input_size)

@@ -193,7 +193,7 @@ def layernorm(
     out_zero: Tensor,
     bits: int,
 ) -> Tensor:
-    """LayerNorm of codes by integer sums, an integer root and dyadic multipliers; see :func:`..intmath.int_layernorm`.
+    """LayerNorm of codes by integer sums, an integer root and dyadic multipliers; see ``intmath.int_layernorm``.
 
     Args:
         x: (…, C) codes.
@@ -244,9 +244,7 @@ def mean_sums(x: Tensor, *, zero: int, dims: Sequence[int]) -> Tensor:
 
 
 @_kernel
-def patches(
-    x: Tensor, *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], value: int
-) -> Tensor:
+def patches(x: Tensor, *, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], value: int) -> Tensor:
     """(B, C, H, W) to (B, N, C kh kw), the windows that a convolution multiplies.
 
     Args:

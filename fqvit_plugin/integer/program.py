@@ -70,6 +70,9 @@ class IntegerModel(nn.Module):
     Every constant is a buffer, so ``to(device)`` and ``state_dict`` work as for any module.
     """
 
+    output_scale: Tensor
+    output_zero: Tensor
+
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
@@ -89,12 +92,8 @@ class IntegerModel(nn.Module):
         """
         if image.shape[2:] != self.program.image_size:
             size, wanted = tuple(image.shape[2:]), self.program.image_size
-            raise ValueError(f'this integer model takes images of {wanted}, got {size}: convert it anew for that size')
-        codes = None
-        for op, codes in self.steps(image):
-            if op.output == self.program.output:
-                break
-        assert codes is not None
+            raise ValueError(f'this integer model takes images of {wanted}, got {size}: convert it for that size')
+        *_, (_, codes) = self.steps(image)
         return (codes.int() - self.output_zero) * self.output_scale
 
     def steps(self, image: Tensor) -> Iterator[tuple[Op, Tensor]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
-from ..blocks.vit import QDeiT3, QEncoderBlock, QMultiheadAttention, QVisionTransformer
+from ..blocks.vit import QDeiT3, QEncoderBlock, QMultiheadAttention
 from .builder import Builder, Codes
 from .common import add_ffn, add_heads, add_patch_embed, merge_heads, scale_of
 
 __all__ = ['add_vit']
 
 
-def add_vit(b: Builder, vit: QVisionTransformer, image_size: tuple[int, int]) -> Codes:
+def add_vit(b: Builder, vit: Any, image_size: tuple[int, int]) -> Codes:
     """The backbone, from the image to the features of its last block.
 
     Raises:
@@ -21,6 +22,11 @@ def add_vit(b: Builder, vit: QVisionTransformer, image_size: tuple[int, int]) ->
     """
     if list(vit.out_indices) != [len(vit.layers) - 1]:
         raise ValueError('the integer model has one output: out_indices must name the last block only')
+    plain = all(isinstance(layer, QEncoderBlock) for layer in vit.layers)
+    if not plain or not isinstance(getattr(vit, 'pre_norm', nn.Identity()), nn.Identity) or vit.pos_embed is None:
+        raise ValueError(
+            f'{type(vit).__name__}: the integer model covers plain ViT, DeiT and DeiT3, not BEiT or CLIP'
+        )
     x, hw = add_patch_embed(b, vit.patch_embed, image_size)
     x, tokens = _add_position(b, vit, x, hw)
     for layer in vit.layers:
@@ -40,10 +46,12 @@ def _add_position(b: Builder, vit: Any, x: Codes, hw: tuple[int, int]) -> tuple[
     if prefix is not None and not late:
         tokens = b.codes_of(prefix, vit.embed_act)[0]
         x = b.same_grid(b.emit('prepend', [x.name], b.path(vit.embed_act), {'tokens': tokens}), x)
-    x = b.add(x, b.constant(position, vit.pos_act, b.path(vit.pos_act)), vit.residual_act)
+    name = b.path(vit.residual_act)
+    sum_name = f'{path}.positioned' if late and prefix is not None else name
+    x = b.add(x, b.constant(position, vit.pos_act, b.path(vit.pos_act)), vit.residual_act, sum_name)
     if prefix is not None and late:
         tokens = b.codes_of(prefix, vit.residual_act)[0]
-        x = b.same_grid(b.emit('prepend', [x.name], f'{path}.tokens', {'tokens': tokens}), x)
+        x = b.same_grid(b.emit('prepend', [x.name], name, {'tokens': tokens}), x)
     return x, patches + count
 
 
@@ -65,13 +73,13 @@ def _add_attention(b: Builder, attn: QMultiheadAttention, x: Codes, tokens: int)
     return b.linear(x, attn.proj, attn.proj_act, scale_of(attn.gamma1))
 
 
-def _add_output(b: Builder, vit: QVisionTransformer, x: Codes, tokens: int) -> Codes:
+def _add_output(b: Builder, vit: Any, x: Codes, tokens: int) -> Codes:
     path = b.path(vit)
     if vit.out_type == 'cls_token':
         x = b.layout('select', x, f'{path}.class_token', dim=1, index=0)
         return b.layernorm(x, vit.ln1, vit.output_act) if vit.final_norm else x
     if vit.out_type != 'avg_featmap':
-        raise ValueError(f'out_type {vit.out_type!r} is not covered by the integer model: cls_token and avg_featmap are')
+        raise ValueError(f'out_type {vit.out_type!r}: the integer model covers cls_token and avg_featmap')
     if vit.final_norm:
         x = b.layernorm(x, vit.ln1, vit.token_act)
     x = b.layout('crop', x, f'{path}.patches_only', dim=1, start=vit.num_extra_tokens, stop=tokens)

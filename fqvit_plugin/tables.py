@@ -1,0 +1,37 @@
+"""Functions of one value, GELU above all, as integer arithmetic has them: a table over a 16-bit grid.
+
+The simulation rounds the function's input to that grid too, so that both compute the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .quantizers import UniformQuantizer
+
+__all__ = ['TABLE_BITS', 'input_grid']
+
+#: Bits of the grid that a function reads. An 8-bit result changes at few hundred of its 65,536 points.
+TABLE_BITS = 16
+
+
+def input_grid(function: Callable[[Tensor], Tensor], quantizer: UniformQuantizer) -> tuple[float, int]:
+    """Scale and zero point (signed) of a 16-bit grid outside of which the code of ``function(x)`` is constant.
+
+    Args:
+        function: elementwise; it must settle towards both sides, or leave the output's grid there.
+        quantizer: of the result, with one scale.
+    """
+    with torch.no_grad():
+        scale = float(quantizer.scale)
+        reach = 16 + 2.0 ** (quantizer.spec.bit_type.bits + 1) * scale
+        x = torch.linspace(-reach, reach, 2**20 + 1, dtype=torch.float64, device=quantizer.scale.device)
+        changes = quantizer.quantize(function(x)).diff().nonzero().flatten()
+    low, high = (float(x[changes[0]]), float(x[changes[-1] + 1])) if len(changes) else (-1.0, 1.0)
+    low, high = min(low, 0.0), max(high, 0.0)
+    step = (high - low) / (2**TABLE_BITS - 1)
+    step = float(torch.tensor(step, dtype=torch.float32))  # what the simulation can hold
+    return step, round(-(2 ** (TABLE_BITS - 1)) - low / step)
