@@ -534,6 +534,7 @@ def test_the_quantized_model_is_one_graph(name, options):
     assert all(torch.equal(a, b) for a, b in zip(run(compiled, x), expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile generates C++ on a CPU, and there is no g++')
 @pytest.mark.parametrize('name', ['vit', 'swin'])
 def test_compiled_code_computes_the_same_codes(name):

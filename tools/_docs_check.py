@@ -4,8 +4,8 @@
 - a path in backticks exists (``*`` may stand in it);
 - a ``python`` block runs, the blocks of one document in one namespace; one that starts with ``_base_`` is read as a
   config, its scheme parsed and its QuantHook built;
-- a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, a tool's own argparse
-  parser, MMPretrain's test and train options, a config that exists and can be read with these ``--cfg-options``.
+- a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, nox's sessions, a tool's
+  own argparse parser, MMPretrain's test and train options, a config that exists and can be read with these ``--cfg-options``.
 
 A block is left out only by a comment on the line before it: ``<!-- docs-check: skip: REASON -->``.
 """
@@ -13,6 +13,7 @@ A block is left out only by a comment on the line before it: ``<!-- docs-check: 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import importlib.util
@@ -44,7 +45,7 @@ _WRITTEN = {'work_dirs', '.venv', 'data'}
 _SUFFIXES = {'.md', '.py', '.sh', '.toml', '.txt'}
 #: Commands of which nothing here is the authority.
 _FOREIGN = {'cd', 'git', 'pip', 'source'}
-_COMMAND = re.compile(r'(?:make|python3?|mim \w+ mmpretrain) +\S')
+_COMMAND = re.compile(r'(?:make|nox|python3?|mim \w+ mmpretrain) +\S')
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,8 @@ def command_problem(words: Sequence[str], root: Path = ROOT) -> str | None:
     program, *arguments = words
     if program == 'make':
         return _make_problem(arguments, root)
+    if program == 'nox':
+        return _nox_problem(arguments, root)
     if program == 'mim':
         return _mim_problem(arguments, root)
     if Path(program).name in ('python', 'python3'):
@@ -242,6 +245,31 @@ def _make_problem(arguments: Sequence[str], root: Path) -> str | None:
     targets = set(re.findall(r'^([a-z][\w-]*):', (root / 'Makefile').read_text(encoding='utf-8'), re.MULTILINE))
     unknown = [word for word in arguments if '=' not in word and word not in targets]
     return f'make has no target {unknown[0]}' if unknown else None
+
+
+def _nox_problem(arguments: Sequence[str], root: Path) -> str | None:
+    """``nox -l``, or ``nox -s`` with one of the sessions that the noxfile makes of its environments."""
+    options = list(arguments)
+    ours = options[: options.index('--')] if '--' in options else options
+    nox = argparse.ArgumentParser(prog='nox', add_help=False, allow_abbrev=False)
+    nox.add_argument('-l', '--list', action='store_true')
+    nox.add_argument('-s', '--sessions', nargs='+', default=[])
+    nox.add_argument('-r', '--reuse-existing-virtualenvs', action='store_true')
+    nox.add_argument('--envdir')
+    args, problem = _parse(nox.parse_args, ours)
+    if problem is not None:
+        return problem
+    known = nox_sessions(root / 'noxfile.py')
+    unknown = [name for name in args.sessions if name not in known]
+    return f'nox has no session {unknown[0]}; there are {", ".join(known)}' if unknown else None
+
+
+def nox_sessions(noxfile: Path) -> list[str]:
+    """``tests(NAME)`` for every environment of the noxfile, read without nox, which need not be installed."""
+    for node in ast.parse(noxfile.read_text(encoding='utf-8')).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'ENVIRONMENTS':
+            return [f'tests({name})' for name in ast.literal_eval(node.value)]
+    raise ValueError(f'{noxfile} has no ENVIRONMENTS')
 
 
 def _python_problem(arguments: Sequence[str], root: Path) -> str | None:
