@@ -43,7 +43,6 @@ def tests(session: nox.Session, pins: str) -> None:
         # sdists are built with this setuptools, not with the newest one, which has no pkg_resources
         session.install('-c', pins, 'setuptools', 'wheel')
         session.install(*flags, '-c', pins, '-e', '.[dev]')
-    session.run('python', '-m', 'pip', 'check', success_codes=[0, 1])
     # idle threads that spin take the cores from whoever has work
     threads = {name: os.environ.get(name, value) for name, value in _THREADS.items()}
     session.run('python', '-m', 'pytest', '-m', 'not slow', *session.posargs, env=threads)

@@ -5,7 +5,8 @@
 - a ``python`` block runs, the blocks of one document in one namespace; one that starts with ``_base_`` is read as a
   config, its scheme parsed and its QuantHook built;
 - a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, nox's sessions, a tool's
-  own argparse parser, MMPretrain's test and train options, a config that exists and can be read with these ``--cfg-options``.
+  own argparse parser, MMPretrain's test and train options, a config that exists and can be read with these
+  ``--cfg-options``.
 
 A block is left out only by a comment on the line before it: ``<!-- docs-check: skip: REASON -->``.
 """

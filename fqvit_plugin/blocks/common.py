@@ -158,8 +158,8 @@ class QFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
         hidden: Any = self.layers[0]
-        linear, activation, hidden_dropout = hidden
-        x = hidden_dropout(self.hidden_act(activation(linear(x))))  # (B, N, 4C)
+        # by index, not unpacked: Dynamo of torch 2.1 cannot unpack a Sequential
+        x = hidden[2](self.hidden_act(hidden[1](hidden[0](x))))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
         x = self.out_act(self.gamma2(self.layers[1](x)))
         return self.dropout_layer(self.layers[2](x))
