@@ -5,8 +5,8 @@
 - a ``python`` block runs, the blocks of one document in one namespace and one folder; one that starts with ``_base_``
   is read as a config, its scheme parsed and its QuantHook built;
 - a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, nox's sessions, a tool's
-  own argparse parser, the test and train options of an OpenMMLab package, a config that exists and can be read with these
-  ``--cfg-options``.
+  own argparse parser, the test and train options of an OpenMMLab package, a config that exists and can be read with
+  these ``--cfg-options``.
 
 A block is left out only by a comment on the line before it: ``<!-- docs-check: skip: REASON -->``.
 """
