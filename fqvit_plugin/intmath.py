@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch import is_compiling
+
 __all__ = [
     'LayerNormConstants',
     'int_layernorm',
@@ -33,7 +35,7 @@ _SLICE = 1 << 19
 
 def _by_slices(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
     """``function(x)``, taken over slices of rows; compilers, which need no scratch memory, see it whole."""
-    if torch.compiler.is_compiling() or x.numel() <= _SLICE or not x.is_contiguous():
+    if is_compiling() or x.numel() <= _SLICE or not x.is_contiguous():
         return function(x)
     out = torch.empty_like(x) if out is None else out
     rows = max(1, _SLICE // x.shape[-1])

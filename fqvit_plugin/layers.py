@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from mmpretrain.registry import MODELS as MMPRETRAIN_MODELS
 from torch import Tensor, nn
 
+from ._torch import is_compiling
 from .functional import Arithmetic, align
 from .intmath import (
     int_layernorm,
@@ -94,7 +95,7 @@ class _QWeightLayer(QuantLayer):
 
     def _quantized_weight(self) -> Tensor:
         # Compiled code cannot ask for versions; whoever changes weights of a compiled model calls quant again.
-        if not torch.compiler.is_compiling() and self._frozen_at != self._state_of_weight():
+        if not is_compiling() and self._frozen_at != self._state_of_weight():
             self.freeze()
         if self.weight_steps is None:
             return self.weight_quantizer(self.weight)
@@ -345,7 +346,7 @@ class QIntSoftmax(QuantLayer):
         x = logits if mask is None else logits + mask
         # Saves a tensor as large as the logits during calibration; autograd and compilers need the copy.
         own = mask is not None or (in_act is not None and in_act.inplace)
-        copies = not own or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        copies = not own or torch.is_grad_enabled() or is_compiling()
         probabilities = torch.softmax(x, dim=-1) if copies else torch.softmax(x, dim=-1, out=x)
         return probabilities if self.quantizer is None else self.quantized(probabilities, self.quantizer)
 

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from ._torch import is_autocast_enabled
 from .quantizers import Quantizer
 
 __all__ = ['Phase', 'QuantLayer', 'full_precision']
@@ -26,7 +27,7 @@ class Phase(enum.Enum):
 def full_precision(*operands: Tensor) -> AbstractContextManager:
     """Autocast off where all operands are float32: points of an 8-bit grid do not survive in half precision."""
     device = operands[0].device.type
-    if torch.is_autocast_enabled(device) and all(x.dtype is torch.float32 for x in operands):
+    if is_autocast_enabled(device) and all(x.dtype is torch.float32 for x in operands):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

@@ -17,6 +17,7 @@ NAME = PACKAGE.name
 
 #: A module may import those above it. A new module belongs as far up as its imports allow.
 ORDER = [
+    '_torch',
     'registry',
     'functional',
     'scheme',

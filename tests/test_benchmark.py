@@ -201,6 +201,7 @@ def test_finished_rounds_survive_an_interruption(vit):
     assert [len(timing.seconds) for timing in stopwatch.timings()] == [1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not _bench.can_measure_memory('cpu'), reason='no /proc/self/clear_refs')
 def test_memory_in_processes_of_their_own():
     argv = [VIT, '--batch-size', '64', '--batches', '2', '--threads', '1']

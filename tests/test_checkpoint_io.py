@@ -329,6 +329,7 @@ def test_a_pickled_model_is_an_error(tmp_path):
         load_checkpoint(write(tmp_path / 'b.pth', {'model': nn.Linear(2, 2)}))
 
 
+@pytest.mark.filterwarnings('ignore:.*torch.jit')  # deprecated, and still about
 def test_a_torchscript_archive_is_an_error(tmp_path):
     torch.jit.save(torch.jit.trace(nn.ReLU(), torch.zeros(1)), tmp_path / 'a.pth')
     with (

@@ -13,6 +13,8 @@ import torch
 
 from .projects import build, float_checkpoint, project, runner, write_images
 
+pytestmark = pytest.mark.slow
+
 WORKER = Path(__file__).with_name('ddp_worker.py')
 
 

@@ -40,6 +40,7 @@ def fence(language: str, *lines: str) -> str:
     return '\n'.join([f'```{language}', *lines, '```', ''])
 
 
+@pytest.mark.slow
 def test_our_documents_hold():
     run = subprocess.run(
         [sys.executable, str(ROOT / 'tools' / '_docs_check.py')],
@@ -80,6 +81,8 @@ def test_our_documents_hold():
         (fence('bash', 'fqvit calibate c.py x.pth'), "no command 'calibate'; did you mean calibrate?"),
         (fence('bash', 'fqvit calibrate c.py x.pth --out q.pth --quick'), 'unrecognized arguments: --quick'),
         (fence('bash', 'mim run fqvit_plugin calibrate c.py x.pth'), 'required: --out'),
+        ('say `nox -s "tests(oldst)"`', 'nox has no session tests(oldst)'),
+        (fence('bash', 'nox --sesions x'), 'unrecognized arguments: --sesions'),
         (fence('bash', 'curl -O file'), "cannot check 'curl'"),
         (fence('python', 'a = 1', '', '1 / 0'), 'line 3 of the example: ZeroDivisionError'),
         (fence('python', 'a = ('), 'SyntaxError'),
@@ -104,6 +107,7 @@ def test_a_planted_mistake_is_found(findings, text, said):
         '[web](https://example.org/x) and [heading](#a-heading-in-code)\n\n## A heading, in `code`',
         f'`{CONFIG}`, `configs/digits/*.py`, `8/8/4`, `work_dirs/any/thing.pth`, `models/elsewhere` and `mim test`',
         '<!-- docs-check: skip: needs a machine with a printer -->\n' + fence('python', '1 / 0'),
+        'see `nox -l`' + '\n\n' + fence('bash', 'nox -s "tests(oldest)" "tests(newest)" -- -m "" --any'),
         fence('text', 'make coffee') + fence('', 'python tools/none.py'),
         fence('bash', '# make coffee', 'OMP_NUM_THREADS=1 make test ARGS="-k x" && cd .. | pip install -e .'),
         fence('bash', f'{MIM} --checkpoint X --tta --gpus 2 --cfg-options train_cfg.max_epochs=1'),

@@ -7,6 +7,8 @@ import pytest
 
 from .shared_data import imagenet
 
+pytestmark = pytest.mark.slow
+
 #: float top-1, and the reference's at 8/8/4 with PTF and LIS (the folder's README)
 RECORDED = {'vit_t': (81.75, 48.00), 'deit_t': (78.50, 78.50)}
 

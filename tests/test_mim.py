@@ -46,6 +46,7 @@ def imagenet_like(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_swin_t_config_on_image_folders(imagenet_like, tmp_path):
     cfg = Config.fromfile(SWIN_T)
     init_default_scope('mmpretrain')

@@ -12,6 +12,7 @@ import shutil
 
 import pytest
 import torch
+from mmengine.utils import digit_version
 from mmpretrain.models import VisionTransformer
 from torch import nn
 
@@ -498,6 +499,13 @@ def test_report_says_what_stays_float():
 # ---------------------------------------------------------------- autocast, compile, memory
 
 
+def needs_newer_dynamo(name, options=()):
+    """Skip what Dynamo cannot trace before torch 2.5, the first that was tried and can."""
+    hard = 'swin' in name or 'preset' in options
+    if hard and digit_version(torch.__version__) < digit_version('2.5.0'):
+        pytest.skip('Dynamo of torch 2.1 traces neither Swin nor the integer steps of the reference preset')
+
+
 @pytest.mark.parametrize('preset', ['strict', 'reference'])
 @pytest.mark.parametrize('name', ['vit', 'swin'])
 def test_autocast_changes_nothing_under_quant(name, preset):
@@ -534,6 +542,7 @@ def test_autocast_in_float_is_that_of_the_float_model(name):
     ],
 )
 def test_the_quantized_model_is_one_graph(name, options):
+    needs_newer_dynamo(name, options)
     model, x = made(name)
     model = quantized(model, [x], **options)
     expected = run(model, x)
@@ -542,9 +551,11 @@ def test_the_quantized_model_is_one_graph(name, options):
     assert all(torch.equal(a, b) for a, b in zip(run(compiled, x), expected, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which('g++') is None, reason='torch.compile generates C++ on a CPU, and there is no g++')
 @pytest.mark.parametrize('name', ['vit', 'swin'])
 def test_compiled_code_computes_the_same_codes(name):
+    needs_newer_dynamo(name)
     model, x = made(name)
     model = quantized(model, [x])
     expected = run(model, x)

@@ -4,9 +4,9 @@
 - a path in backticks exists (``*`` may stand in it);
 - a ``python`` block runs, the blocks of one document in one namespace and one folder; one that starts with ``_base_``
   is read as a config, its scheme parsed and its QuantHook built;
-- a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, a tool's own argparse
-  parser, the test and train options of an OpenMMLab package, a config that exists and can be read with these
-  ``--cfg-options``.
+- a command in a ``bash`` block, or in backticks, is one its program takes: make's targets, nox's sessions, a tool's
+  own argparse parser, the test and train options of an OpenMMLab package, a config that exists and can be read with
+  these ``--cfg-options``.
 
 A block is left out only by a comment on the line before it: ``<!-- docs-check: skip: REASON -->``.
 """
@@ -14,6 +14,7 @@ A block is left out only by a comment on the line before it: ``<!-- docs-check: 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import copy
 import importlib.util
@@ -47,7 +48,7 @@ _SUFFIXES = {'.md', '.py', '.sh', '.toml', '.txt'}
 _FOREIGN = {'cd', 'git', 'pip', 'source'}
 #: What mim calls a package -> how Python imports it.
 _MIM = {'mmpretrain': 'mmpretrain', 'mmsegmentation': 'mmseg', 'mmdet': 'mmdet'}
-_COMMAND = re.compile(rf'(?:make|fqvit|python3?|mim \w+ (?:fqvit_plugin|{"|".join(_MIM)})) +\S')
+_COMMAND = re.compile(rf'(?:make|nox|fqvit|python3?|mim \w+ (?:fqvit_plugin|{"|".join(_MIM)})) +\S')
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,8 @@ def command_problem(words: Sequence[str], root: Path = ROOT) -> str | None:
         return _make_problem(arguments, root)
     if program == 'fqvit':
         return _fqvit_problem(arguments, root)
+    if program == 'nox':
+        return _nox_problem(arguments, root)
     if program == 'mim':
         return _mim_problem(arguments, root)
     if Path(program).name in ('python', 'python3'):
@@ -266,6 +269,31 @@ def _fqvit_problem(arguments: Sequence[str], root: Path) -> str | None:
     except fqvit_cli.UsageError as error:
         return str(error)
     return _python_problem([f'tools/{tool}.py', *rest], root)
+
+
+def _nox_problem(arguments: Sequence[str], root: Path) -> str | None:
+    """``nox -l``, or ``nox -s`` with one of the sessions that the noxfile makes of its environments."""
+    options = list(arguments)
+    ours = options[: options.index('--')] if '--' in options else options
+    nox = argparse.ArgumentParser(prog='nox', add_help=False, allow_abbrev=False)
+    nox.add_argument('-l', '--list', action='store_true')
+    nox.add_argument('-s', '--sessions', nargs='+', default=[])
+    nox.add_argument('-r', '--reuse-existing-virtualenvs', action='store_true')
+    nox.add_argument('--envdir')
+    args, problem = _parse(nox.parse_args, ours)
+    if problem is not None:
+        return problem
+    known = nox_sessions(root / 'noxfile.py')
+    unknown = [name for name in args.sessions if name not in known]
+    return f'nox has no session {unknown[0]}; there are {", ".join(known)}' if unknown else None
+
+
+def nox_sessions(noxfile: Path) -> list[str]:
+    """``tests(NAME)`` for every environment of the noxfile, read without nox, which need not be installed."""
+    for node in ast.parse(noxfile.read_text(encoding='utf-8')).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'ENVIRONMENTS':
+            return [f'tests({name})' for name in ast.literal_eval(node.value)]
+    raise ValueError(f'{noxfile} has no ENVIRONMENTS')
 
 
 def _python_problem(arguments: Sequence[str], root: Path) -> str | None:

@@ -165,8 +165,8 @@ class QFFN(nn.Module):
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C), times the block's layer scale (C,) where the block has it (BEiT)."""
         hidden: Any = self.layers[0]
-        linear, _, hidden_dropout = hidden  # the activation is part of hidden_act
-        x = hidden_dropout(self.hidden_act(linear(x)))  # (B, N, 4C)
+        # by index, not unpacked: Dynamo of torch 2.1 cannot unpack a Sequential; the activation is part of hidden_act
+        x = hidden[2](self.hidden_act(hidden[0](x)))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
         x = self.gamma2(self.layers[1](x))
         x = self.out_act(x if scale is None else scale * x)
