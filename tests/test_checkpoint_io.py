@@ -334,7 +334,8 @@ def test_a_torchscript_archive_is_an_error(tmp_path):
     torch.jit.save(torch.jit.trace(nn.ReLU(), torch.zeros(1)), tmp_path / 'a.pth')
     with (
         pytest.warns(UserWarning, match='TorchScript archive'),
-        pytest.raises(ValueError, match='not a readable checkpoint'),
+        # before torch 2.6 torch.load hands such a file to torch.jit
+        pytest.raises(ValueError, match='not a readable checkpoint|holds a RecursiveScriptModule'),
     ):
         load_checkpoint(tmp_path / 'a.pth')
 

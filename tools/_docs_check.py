@@ -278,7 +278,8 @@ def _nox_problem(arguments: Sequence[str], root: Path) -> str | None:
     nox = argparse.ArgumentParser(prog='nox', add_help=False, allow_abbrev=False)
     nox.add_argument('-l', '--list', action='store_true')
     nox.add_argument('-s', '--sessions', nargs='+', default=[])
-    nox.add_argument('-r', '--reuse-existing-virtualenvs', action='store_true')
+    nox.add_argument('-R', action='store_true')
+    nox.add_argument('--install-only', action='store_true')
     nox.add_argument('--envdir')
     args, problem = _parse(nox.parse_args, ours)
     if problem is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -291,7 +292,9 @@ def measure(args: argparse.Namespace, argv: Sequence[str], console: Console, res
         subject.scheme_of(piece)  # an unknown observer is found before, not after, an hour of float
     for subject in subjects:
         results.append(Result(subject))
-        with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        progress = Progress(console=console, transient=True, disable=not console.is_terminal)
+        # a disabled one that is entered still ends with an empty line, up to rich 14 at least
+        with progress if console.is_terminal else contextlib.nullcontext():
             try:
                 measure_one(results[-1], pieces, args, argv, progress)
             finally:
