@@ -335,7 +335,7 @@ def test_a_torchscript_archive_is_an_error(tmp_path):
     with (
         pytest.warns(UserWarning, match='TorchScript archive'),
         # before torch 2.6 torch.load hands such a file to torch.jit
-        pytest.raises(ValueError, match='not a readable checkpoint|holds a RecursiveScriptModule'),
+        pytest.raises(ValueError, match=r'not a readable checkpoint|holds a RecursiveScriptModule'),
     ):
         load_checkpoint(tmp_path / 'a.pth')
 

@@ -79,7 +79,8 @@ def test_an_installed_folder_goes_before_a_checkouts(here):
 
 
 @pytest.mark.parametrize('status', [0, 3])
-def test_status_name_and_neighbours(here, capsys, status):
+def test_status_name_and_neighbours(here, capsys, monkeypatch, status):
+    monkeypatch.delitem(sys.modules, 'search', raising=False)  # other tests import the real tool by that name
     before = list(sys.path), list(sys.argv)
     assert fqvit_cli.main(['search', str(status)]) == status
     assert capsys.readouterr().out == 'fqvit search 42\n'

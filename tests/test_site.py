@@ -49,7 +49,7 @@ def test_navigation_reaches_every_page(site):
 def test_docstrings_are_rendered(site):
     page = (site / 'api' / 'fqvit_plugin.surgery.html').read_text(encoding='utf-8')
     assert 'id="fqvit_plugin.surgery.quantize_model_"' in page
-    assert 'Swap the blocks of an MMPretrain classifier' in page
+    assert 'Swap the blocks of a classifier' in page
     assert '_quantize_head_' not in page
     assert not re.search(r':(func|class|meth|mod):<code>', page)
 

@@ -365,8 +365,11 @@ class Subclass(VisionTransformer):
             lambda: build(dict(type='ImageClassifier', backbone=dict(type='ResNet', depth=18))),
             'backbone ResNet is not covered',
         ),
-        (lambda: nn.Sequential(Subclass(arch='deit-tiny', img_size=32)), 'backbone Sequential is not covered'),
-        (lambda: Subclass(arch='deit-tiny', img_size=32), 'backbone Subclass is not covered'),
+        (
+            lambda: nn.Sequential(Subclass(arch='deit-tiny', img_size=32)),
+            r'backbone torch\.Sequential is not covered',
+        ),
+        (lambda: Subclass(arch='deit-tiny', img_size=32), r'backbone tests\.Subclass is not covered'),
         (
             lambda: build(vit_backbone('DistilledVisionTransformer', pre_norm=True)),
             'DistilledVisionTransformer with pre_norm=True is not covered',
