@@ -100,7 +100,7 @@ def _encode(value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     if value.dtype is torch.int8 and value.ndim == 1 and len(value) > 2**12:
         starts = torch.cat((torch.ones(1, dtype=torch.bool), value.diff() != 0)).nonzero().flatten()
         if len(starts) * 3 < len(value):
-            runs = {'starts': starts.to(torch.uint16), 'values': value[starts]}
+            runs = {'starts': starts.to(torch.int32), 'values': value[starts]}
             return runs, {'kind': 'runs', 'length': len(value)}
     if value.dtype is torch.int8 and value.ndim == 2 and value.abs().max() <= 7:
         flat = torch.nn.functional.pad(value.flatten(), (0, value.numel() % 2)).to(torch.uint8) & 15

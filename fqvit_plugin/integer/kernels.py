@@ -7,6 +7,7 @@ A code is stored as a signed integer: ``stored = code - (qmin + 2**(bits - 1))``
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -37,12 +38,23 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == 'cpu':
-        return torch._int_mm(a.contiguous(), b)
+        return torch._int_mm(a.contiguous(), b) if _cpu_has_int_mm() else a.int() @ b.int()
     # cuBLAS wants more than 16 rows, and columns and terms in eights; rows of zeros change nothing
     (n, k), m = a.shape, b.shape[1]
     a = F.pad(a, (0, -k % 8, 0, max(0, 17 - n)))
     b = F.pad(b, (0, -m % 8, 0, -k % 8))
     return torch._int_mm(a.contiguous(), b.t().contiguous().t())[:n, :m]
+
+
+@cache
+def _cpu_has_int_mm() -> bool:
+    """Whether this torch has the int8 product on CPUs; the int32 product, which is slow, is everywhere."""
+    one = torch.ones(1, 1, dtype=torch.int8)
+    try:
+        torch._int_mm(one, one)
+    except (RuntimeError, AttributeError):
+        return False
+    return True
 
 
 def _store(x: Tensor, zero: Tensor, bits: int) -> Tensor:
