@@ -27,14 +27,12 @@ from .phase import Phase, QuantLayer, full_precision
 from .quantizers import UniformQuantizer, build_quantizer
 from .registry import LAYERS
 from .scheme import BitType, QuantSpec
-from .tables import TABLE_BITS, input_grid
+from .tables import input_grid
 
 __all__ = ['QAct', 'QActOf', 'QConv2d', 'QIntLayerNorm', 'QIntSoftmax', 'QLinear']
 
 WEIGHT_SPEC = QuantSpec(BitType(8, signed=True), axis=0)
 ACT_SPEC = QuantSpec(BitType(8, signed=False))
-#: The lowest code of the grid that a table's input is on.
-_LOWEST = -(2 ** (TABLE_BITS - 1))
 
 
 def _register(cls: type) -> type:
@@ -229,8 +227,8 @@ class QActOf(QAct):
     def forward(self, x: Tensor) -> Tensor:
         """Same shape out as in; overwrites ``x`` under quant."""
         if self.phase is Phase.QUANT and self.input_grid is not None:
-            step, zero = self.input_grid
-            x = x.float().div_(step).round_().clamp_(_LOWEST - zero, -_LOWEST - 1 - zero).mul_(step)
+            step, _ = self.input_grid  # not saturated: beyond the grid the result's code is constant
+            x = x.float().div_(step).round_().mul_(step)
         return self.quantized(self.function(x), self.quantizer, self.inplace)
 
 
