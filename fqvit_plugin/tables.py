@@ -31,7 +31,8 @@ def input_grid(function: Callable[[Tensor], Tensor], quantizer: UniformQuantizer
         x = torch.linspace(-reach, reach, 2**20 + 1, dtype=torch.float64, device=quantizer.scale.device)
         changes = quantizer.quantize(function(x)).diff().nonzero().flatten()
     low, high = (float(x[changes[0]]), float(x[changes[-1] + 1])) if len(changes) else (-1.0, 1.0)
-    low, high = min(low, 0.0), max(high, 0.0)
+    margin = 1e-3 * (high - low)  # so that the last points lie safely where the code is constant, and all beyond
+    low, high = min(low - margin, 0.0), max(high + margin, 0.0)
     step = (high - low) / (2**TABLE_BITS - 1)
     step = float(torch.tensor(step, dtype=torch.float32))  # what the simulation can hold
     return step, round(-(2 ** (TABLE_BITS - 1)) - low / step)

@@ -217,8 +217,8 @@ def test_codes_are_those_of_the_simulation_on_the_same_inputs(pair):
         assert gap.max() <= 1, op.output
         tensor.copy_(simulated[op.output].view_as(tensor))  # so that the next layer starts from the same codes
     assert compared > 15
-    # float32 accumulators against exact ones, where GELU's input falls between two of 65,536 steps
-    assert differ <= 2e-5 * count
+    # float32 accumulators against exact ones, where a value falls between two codes; padding repeats such values
+    assert differ <= 1e-4 * count
     assert (integer(x).argmax(1) == logits.argmax(1)).all()
 
 
