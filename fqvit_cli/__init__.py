@@ -12,8 +12,10 @@ import difflib
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 from . import doctor
@@ -132,6 +134,20 @@ def _help() -> str:
     )
 
 
+@contextmanager
+def _as_module(name: str, module: ModuleType) -> Iterator[None]:
+    """``module`` in ``sys.modules``; what it imports stays there afterwards, as torch must."""
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+
+
 def _run(script: Path, prog: str, argv: Sequence[str]) -> int:
     """Call ``main(argv)`` of a script, in this process; its exit status.
 
@@ -149,7 +165,7 @@ def _run(script: Path, prog: str, argv: Sequence[str]) -> int:
     with (
         mock.patch.object(sys, 'path', [str(script.parent), *sys.path]),
         mock.patch.object(sys, 'argv', [prog, *argv]),
-        mock.patch.dict(sys.modules, {script.stem: module}),
+        _as_module(script.stem, module),
     ):
         try:
             spec.loader.exec_module(module)

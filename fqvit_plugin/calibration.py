@@ -151,20 +151,30 @@ def _quantized_beside_backbone(model: nn.Module) -> bool:
     return any(is_quantized(part) for name, part in model.named_children() if name != 'backbone')
 
 
+def forward_of(model: nn.Module) -> Callable[[Any, Any], Any]:
+    """How a batch of a data loader passes through ``model``: as far as there are quantized layers."""
+    whole = _quantized_beside_backbone(model)
+
+    def forward(model: Any, batch: Any) -> Any:
+        data = model.data_preprocessor(batch, False)
+        if whole:
+            return model(**data, mode='tensor')
+        # a detector's heads, for instance: they stay float, and would sort boxes for nothing
+        return model.extract_feat(data['inputs'])
+
+    return forward
+
+
 def calibrate_on_(model: nn.Module, data: CalibrationSet, logger: MMLogger) -> int:
     """Calibrate a quantized twin over ``data``, shared between the ranks; returns the number of images."""
     classifier = find_classifier(model)
     total = len(data.batches)
     turns = itertools.count(1)
 
-    whole = _quantized_beside_backbone(classifier)
+    run = forward_of(classifier)
 
     def forward(model: Any, batch: Any) -> None:
-        data = model.data_preprocessor(batch, False)
-        if whole:
-            model(**data, mode='tensor')
-        else:  # a detector's heads, for instance: they stay float, and would sort boxes for nothing
-            model.extract_feat(data['inputs'])
+        run(model, batch)
         logger.info(f'calibration: batch {min(next(turns) * dist.get_world_size(), total)}/{total}')
 
     if dist.get_world_size() == 1:

@@ -145,9 +145,11 @@ class QuantHook(Hook):
             data = self._calibrate(runner, loop, twin)
         quant(twin)
         runner.logger.info(f'QuantHook\n{self.report}')
-        if (self.visualize or self.page is not None) and dist.is_main_process():
-            data = data or CalibrationSet.build(runner.cfg, self.num_batches, self.seed)
-            present(runner, twin, self.report, data, self.page, self.visualize)
+        if self.visualize or self.page is not None:
+            source = 'scales from a calibrated checkpoint' if data is None else _count(data)
+            data = data or CalibrationSet.build(runner.cfg, self.num_batches, self.seed)  # on every rank: it may wait
+            if dist.is_main_process():
+                present(runner, twin, self.report, data, source, self.page, self.visualize)
         self._float_model, runner.model = runner.model, twin
         self._fp16, loop.fp16 = loop.fp16, False
         if self._fp16:
@@ -183,6 +185,10 @@ class QuantHook(Hook):
             table = '\n'.join([f'  {"metric":<24s} {"float":>10s} {"quantized":>10s}', *lines])
             runner.logger.info(f'QuantHook: float and quantized, same images\n{table}')
             metrics.update({f'float/{k}': v for k, v in self._float_metrics.items()})
+
+
+def _count(data: CalibrationSet) -> str:
+    return f'{len(data.indices)} images in {len(data.batches)} batches'
 
 
 def _twin(model: Any) -> nn.Module:

@@ -33,6 +33,7 @@ __all__ = [
     'calibrating',
     'close_calibrate',
     'dequant',
+    'forward_images',
     'named_quantizers',
     'open_calibrate',
     'open_last_calibrate',
@@ -161,7 +162,8 @@ def calibrating(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def _forward(model: nn.Module, batch: Any) -> Any:
+def forward_images(model: nn.Module, batch: Any) -> Any:
+    """``model(batch)``, or of the images where the batch is (images, labels)."""
     return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
 
 
@@ -189,7 +191,7 @@ def calibrate_(
     Raises:
         ValueError: there is no batch, or a tensor held NaN or infinity (the layer is named).
     """
-    run = forward or _forward
+    run = forward or forward_images
     iterator = iter(batches)
     try:
         ahead = next(iterator)

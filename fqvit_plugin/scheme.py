@@ -221,7 +221,7 @@ class QuantScheme:
                 spec['bit_type'] = BitType(**spec['bit_type'])
                 spec['observer_options'] = tuple((k, v) for k, v in spec['observer_options'])
                 values[field] = QuantSpec(**spec)
-            values['overrides'] = tuple(_read_override(item) for item in values['overrides'])
+            values['overrides'] = tuple(_read_override(item) for item in values.get('overrides', ()))
             return cls(**values)
         except (KeyError, TypeError) as error:
             raise ValueError(f'not a quantization scheme of this version: {error}') from None

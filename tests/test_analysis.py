@@ -129,7 +129,7 @@ def test_a_weight_and_an_activation_by_hand():
     assert found[path].sqnr == pytest.approx(float(by_hand), abs=1e-3)
     path = 'backbone.layers.1.ffn.hidden_act'
     seen = []
-    hook = model.get_submodule(path).register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    hook = model.get_submodule(path).register_forward_hook(lambda m, args, out: seen.append(out.clone()))
     fq.dequant(model)
     with torch.no_grad():
         for batch in data:
@@ -151,7 +151,7 @@ def test_log_int_softmax_by_hand():
     path = 'backbone.layers.1.attn'
     seen = []
     act = model.get_submodule(f'{path}.logits_act')
-    hook = act.register_forward_pre_hook(lambda m, args: seen.append(args[0].clone()))
+    hook = act.register_forward_hook(lambda m, args, out: seen.append(out.clone()))
     fq.dequant(model)
     with torch.no_grad():
         run(model, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import models_table
+import _models_table as models_table
 import pytest
 from mmpretrain.models import backbones
 
@@ -30,7 +30,7 @@ def test_a_stale_document_is_found_and_written(tmp_path, capsys):
     marks = ''.join(f'<!-- table: {name} -->\nstale rows\n<!-- end: {name} -->\n' for name in models_table.TABLES)
     page.write_text(f'before\n{marks}after\n', encoding='utf-8')
     assert models_table.main(['--check', '--document', str(page)]) == 1
-    assert 'run python tools/models_table.py --write' in capsys.readouterr().out
+    assert 'run python tools/_models_table.py --write' in capsys.readouterr().out
     assert models_table.main(['--document', str(page)]) == 0
     printed = capsys.readouterr().out
     assert 'stale rows' in page.read_text(encoding='utf-8')

@@ -51,7 +51,7 @@ def export(args: argparse.Namespace) -> None:
     model = MODELS.build(cfg.model)
     report = fq.load_quantized_(model, args.checkpoint)
     integer = to_integer(model, None if args.image_size is None else tuple(args.image_size))
-    preprocessor = cfg.get('data_preprocessor') or {}
+    preprocessor = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
     meta = {'preprocessor': json.dumps({k: preprocessor.get(k) for k in ('mean', 'std', 'to_rgb')})}
     size = save_integer(integer, args.out, meta)
     print(

@@ -110,7 +110,9 @@ def search(args: argparse.Namespace) -> None:
     space = make_space(objective, base, args.budget, args.groups, sorted(set(args.weight_bits)), _options(args))
     count, tested = len(objective.scored_names()), count_test_images(objective)
     _say(f'{len(objective.calibration.indices)} images calibrate, {len(objective.scoring.indices)} others are scored')
-    if tested:
+    if tested is None:
+        _say('warning: the test data is not there, so nobody can tell whether scored images belong to it')
+    elif tested:
         _say(f'warning: {tested} of the {count} scored images belong to the test data; its accuracy is no proof then')
     _say('groups: ' + ', '.join(f'{g.name} ({sum(g.sizes):,} weights)' for g in space.groups))
     limit = 'no budget' if space.budget is None else f'budget {space.budget / 1e6:.4f} MB'

@@ -8,16 +8,16 @@ on a few thousand values of each tensor, picked by the same random indices in bo
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..calibration import CalibrationSet
+from ..calibration import CalibrationSet, forward_of
 from ..layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
-from ..lifecycle import dequant, phase_of, quant
+from ..lifecycle import dequant, forward_images, phase_of, quant
 from ..phase import Phase
 from ..surgery import find_classifier
 from .measure import Tally
@@ -38,13 +38,13 @@ def analyse(
     Args:
         model: after surgery and calibration, in phase float or quant; is put in eval mode, its phase is kept.
         batches: streamed; each runs once in float and once quantized.
-        forward: runs one batch and returns the outputs, ``model(batch)`` by default.
+        forward: runs one batch and returns the outputs; by default as :func:`~fqvit_plugin.lifecycle.calibrate_` does.
 
     Raises:
         ValueError: there is no batch.
         RuntimeError: the model is not calibrated, or is calibrating.
     """
-    run = forward or (lambda m, batch: m(batch))
+    run = forward or forward_images
     before = phase_of(model)
     quant(model)  # says what is not calibrated
     model.eval()
@@ -70,19 +70,29 @@ def analyse_on(model: nn.Module, data: CalibrationSet, images: int = IMAGES) -> 
     Raises:
         ValueError, RuntimeError: as :func:`analyse`.
     """
-    chosen = data.indices[:images]
-    batches = [chosen[i : i + PER_BATCH] for i in range(0, len(chosen), PER_BATCH)]
+    classifier = find_classifier(model)
+    return analyse(classifier, data.load(_split(data.batches, images)), forward_of(classifier))
 
-    def forward(classifier: Any, batch: Any) -> Any:
-        return classifier(**classifier.data_preprocessor(batch, False), mode='tensor')
 
-    return analyse(find_classifier(model), data.load(batches), forward)
+def _split(batches: Sequence[Sequence[int]], images: int) -> list[list[int]]:
+    """The first ``images`` of ``batches``, in smaller ones; never joined, since their images may differ in size."""
+    found: list[list[int]] = []
+    for batch in batches:
+        for start in range(0, len(batch), PER_BATCH):
+            room = images - sum(map(len, found))
+            if room > 0:
+                found.append(list(batch[start : start + min(PER_BATCH, room)]))
+    return found
 
 
 def _tensors(output: Any) -> list[Tensor]:
     """Every tensor in what a model returned, copied: under quant the next layer's owner may write over it."""
     if isinstance(output, Tensor):
         return [output.detach().float().clone()]
+    if isinstance(output, Mapping):
+        output = output.values()
+    if output is None or not isinstance(output, Iterable) or isinstance(output, str):
+        return []
     return [tensor for item in output for tensor in _tensors(item)]
 
 
@@ -128,7 +138,7 @@ class _Collector:
         with ExitStack() as hooks:
             for module in self.names:
                 if isinstance(module, QAct):
-                    hooks.enter_context(module.register_forward_pre_hook(self._act_in_float))
+                    hooks.enter_context(module.register_forward_hook(self._act_in_float))
                 elif isinstance(module, QIntSoftmax):
                     hooks.enter_context(module.register_forward_pre_hook(self._logits_in_float, with_kwargs=True))
                     hooks.enter_context(module.register_forward_hook(self._probs_in_float))
@@ -166,11 +176,12 @@ class _Collector:
             self.tallies[layer] = Tally(layer.weight_quantizer.spec, layer.weight_quantizer)
             self.tallies[layer].add(layer.weight)
 
-    def _act_in_float(self, act: Any, args: Any) -> None:
+    def _act_in_float(self, act: Any, args: Any, x: Tensor) -> None:
         if self._measuring:
             return
-        self._tally(act, act.quantizer.spec, act.quantizer).add(args[0])
-        self._expect(act, args[0])
+        # In phase float a QAct puts out what it would quantize: its input, or the function of it.
+        self._tally(act, act.quantizer.spec, act.quantizer).add(x)
+        self._expect(act, x)
 
     def _logits_in_float(self, softmax: Any, args: Any, kwargs: Any) -> None:
         """Log-Int-Softmax against the float softmax of the same logits, which are on their grid already."""

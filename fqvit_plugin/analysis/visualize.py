@@ -23,7 +23,13 @@ IMAGES = 8  #: histograms that are drawn as images: those of the worst tensors
 
 
 def present(
-    runner: Any, model: nn.Module, report: Report, data: CalibrationSet, page: str | None, plots: bool
+    runner: Any,
+    model: nn.Module,
+    report: Report,
+    data: CalibrationSet,
+    calibration: str,
+    page: str | None,
+    plots: bool,
 ) -> Analysis:
     """Analyse a runner's quantized ``model``; write ``page`` into its work directory, and show plots.
 
@@ -32,13 +38,13 @@ def present(
         model: calibrated.
         report: of its surgery.
         data: calibration images; a few of them are used.
+        calibration: what the page says of where the scales come from.
         page: file name, or ``None``.
         plots: send scales, errors and histograms to the runner's visualizer.
     """
     analysis = analyse_on(model, data)
     if page is not None:
         path = os.path.join(runner.work_dir, page)
-        calibration = f'up to {len(data.indices)} images in {len(data.batches)} batches'
         write_text(path, render_page(PageInfo.of(find_classifier(model), runner.cfg, calibration), report, analysis))
         runner.logger.info(f'QuantHook: report written to {path}')
     if plots:

@@ -95,10 +95,10 @@ def run_experiment(
         _configure(experiment.config, job, plan, folder, plan.seed + len(list(job.outcomes())))
         if resume:
             amend_experiment(folder / 'nni' / experiment.id, experiment.config)
-        state.write_text(json.dumps({'id': experiment.id}), encoding='utf-8')
         port = reserve_port()
         try:
             (experiment.resume if resume else experiment.run)(port, wait_completion=False)
+            state.write_text(json.dumps({'id': experiment.id}), encoding='utf-8')  # now there is one to resume
             _follow(experiment, job, plan, say)
         finally:
             experiment.stop()

@@ -217,10 +217,13 @@ def _top1(logits: Tensor, labels: Tensor) -> float:
     return 100 * float((logits.argmax(1) == labels).double().mean())
 
 
-def count_test_images(objective: Objective) -> int:
-    """How many of the scored images belong to the config's test data."""
+def count_test_images(objective: Objective) -> int | None:
+    """How many of the scored images belong to the config's test data; None where that data is not to be found."""
     loader = objective.cfg.get('test_dataloader')
     if loader is None:
         return 0
-    test: Any = Runner.build_dataloader(copy.deepcopy(dict(loader)))
+    try:
+        test: Any = Runner.build_dataloader(copy.deepcopy(dict(loader)))
+    except (OSError, ValueError, RuntimeError):
+        return None
     return len(set(image_names(test.dataset)).intersection(objective.scored_names()))

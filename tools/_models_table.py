@@ -74,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     elif not args.check:
         print(new)
     if args.check and new != old:
-        print(f'{args.document} has other tables than the code: run python tools/models_table.py --write')
+        print(f'{args.document} has other tables than the code: run python tools/_models_table.py --write')
         return 1
     return 0
 
