@@ -119,7 +119,7 @@ def int_layernorm(
 
 
 class LayerNormConstants(NamedTuple):
-    """What :func:`int_layernorm` computes once for each layer; integers in float64 but for the first and the last.
+    """What :func:`int_layernorm` computes once for each call; integers in float64 but for the first and the last.
 
     Args:
         finest: (), the smallest scale of the channels.
@@ -148,6 +148,7 @@ def layernorm_constants(
     # roots floor exactly. The guard counts: it outweighs the variance where activations are small. Negative above
     # 12-bit inputs.
     root_bits = 26 - torch.ceil(torch.log2((channels * in_range / 2) ** 2 + guard) / 2)
+    root_bits = root_bits.clamp_max(17)  # 2**(45 + 17) is the largest numerator that int64 holds
     affine = _dyadic_affine(weight.double() / out_scale, bias.double() / out_scale)
     return LayerNormConstants(finest, guard, root_bits, *affine, out_scale.dtype)
 

@@ -7,7 +7,7 @@ float layer's parameters, it never copies them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -54,6 +54,11 @@ def _parse_spec(spec: QuantSpec | Mapping[str, Any]) -> QuantSpec:
         raise ValueError(f'not a tensor recipe: {error}') from None
 
 
+def versions(*tensors: Tensor) -> tuple[int, ...]:
+    """Numbers that change when a tensor is replaced or written to."""
+    return tuple(n for t in tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version))
+
+
 class _QWeightLayer(QuantLayer):
     """A layer whose weight is quantized (abstract); the bias stays float, as in the paper.
 
@@ -88,8 +93,7 @@ class _QWeightLayer(QuantLayer):
         self.weight_steps, self._frozen_at = None, ()
 
     def _state_of_weight(self) -> tuple[int, ...]:
-        tensors = (self.weight, self.weight_quantizer.scale, self.weight_quantizer.zero_point)
-        return tuple(n for t in tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version))
+        return versions(self.weight, self.weight_quantizer.scale, self.weight_quantizer.zero_point)
 
     def _quantized_weight(self) -> Tensor:
         # Compiled code cannot ask for versions; whoever changes weights of a compiled model calls quant again.
@@ -208,6 +212,7 @@ class QActOf(QAct):
         super().__init__(spec, inplace=True)
         self._function = (function,)  # in a tuple: no submodule, it keeps its place in the float model
         self.input_grid: tuple[float, int] | None = None
+        self._frozen_at: tuple[int, ...] = ()
 
     @property
     def function(self) -> nn.Module:
@@ -216,16 +221,25 @@ class QActOf(QAct):
 
     def freeze(self) -> None:
         """Find the grid that the function reads."""
+        self.thaw()
         spec = self.quantizer.spec
         if spec.arithmetic == 'strict' and isinstance(self.quantizer, UniformQuantizer) and spec.axis is None:
-            self.input_grid = input_grid(self.function, self.quantizer)
+            with suppress(ValueError):  # a function that has no table; the integer model refuses it
+                self.input_grid = input_grid(self.function, self.quantizer)
+        self._frozen_at = versions(*self.quantizer.buffers())
 
     def thaw(self) -> None:
         """Forget it."""
-        self.input_grid = None
+        self.input_grid, self._frozen_at = None, ()
 
     def forward(self, x: Tensor) -> Tensor:
         """Same shape out as in; overwrites ``x`` under quant."""
+        if (
+            self.phase is Phase.QUANT
+            and not is_compiling()
+            and self._frozen_at != versions(*self.quantizer.buffers())
+        ):
+            self.freeze()
         if self.phase is Phase.QUANT and self.input_grid is not None:
             step, _ = self.input_grid  # not saturated: beyond the grid the result's code is constant
             x = x.float().div_(step).round_().mul_(step)

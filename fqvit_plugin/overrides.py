@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from typing import Any
 
+import torch
 from torch import nn
 
 from .layers import QAct, QConv2d, QIntSoftmax, QLinear
@@ -45,7 +46,7 @@ def apply_overrides_(model: nn.Module, scheme: QuantScheme) -> None:
                     f'match, such as {next(iter(matching))}; it is about {_examples(fitting)}'
                 )
         for layer in matching.values():
-            _change_(layer, override)
+            _change_(layer, override, next(model.parameters()).device)
 
 
 def _matches(name: str, override: Override) -> bool:
@@ -61,7 +62,7 @@ def _is_about(layer: Any, field: str) -> bool:
     return isinstance(layer, _KINDS[field]) and not (field == 'observer' and has_ptf)
 
 
-def _change_(layer: Any, override: Override) -> None:
+def _change_(layer: Any, override: Override, device: torch.device) -> None:
     if isinstance(layer, (QConv2d, QLinear)) and override.weight_bits is not None:
         spec = layer.weight_quantizer.spec
         layer._init_weight_quantizer(_with_bits(spec, override.weight_bits))
@@ -70,7 +71,7 @@ def _change_(layer: Any, override: Override) -> None:
         # as get_scheme: below 8 bits a uniform grid loses nearly all accuracy
         kind = 'log2' if layer.log_int or override.attn_bits < 8 else 'uniform'
         layer.spec = dataclasses.replace(spec, quantizer=kind)
-        layer.quantizer = None if layer.log_int else build_quantizer(layer.spec)
+        layer.quantizer = None if layer.log_int else build_quantizer(layer.spec).to(device)
     elif isinstance(layer, QAct):
         spec = layer.quantizer.spec
         if override.act_bits is not None:
@@ -79,7 +80,7 @@ def _change_(layer: Any, override: Override) -> None:
             options = override.observer_options
             spec = dataclasses.replace(spec, observer=override.observer, observer_options=options)
         channels = None if spec.axis is None else len(layer.scale)
-        layer.quantizer = build_quantizer(spec, channels).to(layer.scale.device)
+        layer.quantizer = build_quantizer(spec, channels).to(device)
 
 
 def _with_bits(spec: QuantSpec, bits: int) -> QuantSpec:

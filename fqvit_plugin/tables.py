@@ -24,10 +24,19 @@ def input_grid(function: Callable[[Tensor], Tensor], quantizer: UniformQuantizer
     Args:
         function: elementwise; it must settle towards both sides, or leave the output's grid there.
         quantizer: of the result, with one scale.
+
+    Raises:
+        ValueError: a function with parameters, or one that settles nowhere.
     """
     with torch.no_grad():
         scale = float(quantizer.scale)
         reach = 16 + 2.0 ** (quantizer.spec.bit_type.bits + 1) * scale
+        if any(True for _ in getattr(function, 'parameters', tuple)()):
+            raise ValueError(f'{type(function).__name__} has parameters: no table can stand for it')
+        ends = torch.tensor([-reach, -1e30, reach, 1e30], dtype=torch.float64, device=quantizer.scale.device)
+        low_code, lowest_code, high_code, highest_code = quantizer.quantize(function(ends)).tolist()
+        if (low_code, high_code) != (lowest_code, highest_code):
+            raise ValueError(f'{type(function).__name__} does not settle within {reach:.3g} of 0: no table for it')
         x = torch.linspace(-reach, reach, 2**20 + 1, dtype=torch.float64, device=quantizer.scale.device)
         changes = quantizer.quantize(function(x)).diff().nonzero().flatten()
     low, high = (float(x[changes[0]]), float(x[changes[-1] + 1])) if len(changes) else (-1.0, 1.0)

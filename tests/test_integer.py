@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import subprocess
+import sys
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fqvit_plugin.integer.checkpoint import load_integer, save_integer
+from fqvit_plugin.integer.checkpoint import _encode, load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.integer.kernels import KERNELS, int8_matmul, integer_sqrt
 from fqvit_plugin.intmath import int_layernorm, layernorm_constants
 from fqvit_plugin.layers import QAct
 from fqvit_plugin.lifecycle import calibrate_, dequant, quant
+from fqvit_plugin.quantizers import build_quantizer
 from fqvit_plugin.scheme import get_scheme
 from fqvit_plugin.surgery import quantize_model_
+from fqvit_plugin.tables import input_grid
 
 from . import models
 
@@ -292,3 +299,76 @@ def test_files_that_are_no_integer_checkpoint(tmp_path):
     save_file({'a': torch.zeros(1)}, tmp_path / 'newer', {'format': 'fqvit_plugin.integer', 'version': '99'})
     with pytest.raises(ValueError, match='update it'):
         load_integer(tmp_path / 'newer')
+
+
+# ---------------------------------------------------------------- found by reading: each was wrong once
+
+
+SATURATING = """
+import torch
+from fqvit_plugin.integer.kernels import cpu_support, int8_matmul
+g = torch.Generator().manual_seed(0)
+a, b = (torch.randint(-128, 128, s, dtype=torch.int8, generator=g) for s in ((40, 64), (64, 24)))
+a[0], b[:, 0] = 127, -128
+assert torch.equal(int8_matmul(a, b), a.int() @ b.int())
+print(cpu_support())
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='names an instruction set of x86')
+def test_products_are_exact_where_the_cpu_saturates_pairs():
+    env = {**os.environ, 'ONEDNN_MAX_CPU_ISA': 'AVX2', 'PYTHONPATH': str(Path(__file__).resolve().parents[1])}
+    run = subprocess.run(
+        [sys.executable, '-W', 'ignore', '-c', SATURATING], env=env, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.strip() in ('saturating', 'none', 'exact')
+
+
+def test_a_neck_behind_a_vit_is_refused():
+    model = calibrated(models.vit(), models.images(2))
+    model.neck = torch.nn.Identity()
+    with pytest.raises(ValueError, match='the neck Identity'):
+        to_integer(model)
+
+
+def test_a_backbone_alone_is_refused():
+    model = calibrated(models.build(models.vit_backbone()), models.images(2))
+    with pytest.raises(ValueError, match='no classifier of MMPretrain'):
+        to_integer(model)
+
+
+def test_narrow_layers_keep_their_reciprocal_in_64_bits():
+    arch = dict(embed_dims=16, num_layers=1, num_heads=2, feedforward_channels=32)
+    cfg = models.vit_backbone(arch=arch)
+    head = dict(type='VisionTransformerClsHead', num_classes=models.CLASSES, in_channels=16)
+    x = models.images(4)
+    model = calibrated(models.build(dict(type='ImageClassifier', backbone=cfg, head=head)), x, act_bits=4, ptf=False)
+    integer = to_integer(model, [32, 32])
+    with torch.no_grad():
+        assert torch.allclose(integer(x), model(x), atol=1.01 * float(integer.output_scale))
+
+
+def test_the_lowest_code_is_not_taken_for_four_bits(tmp_path):
+    value = torch.tensor([[-128, -128, 3, -7]], dtype=torch.int8)
+    stored, encoding = _encode(value)
+    assert encoding is None
+    assert torch.equal(stored[''], value)
+
+
+def test_the_grid_before_gelu_follows_new_scales():
+    x = models.images(2)
+    model, other = (calibrated(models.vit(), factor * x) for factor in (50, 0.01))
+    model.load_state_dict(other.state_dict())
+    with torch.no_grad():
+        assert torch.equal(model(0.01 * x), other(0.01 * x))
+
+
+def test_a_function_that_settles_nowhere_has_no_table():
+    quantizer = build_quantizer(get_scheme('fqvit_w8a8').act)
+    quantizer.scale.fill_(0.1)
+    quantizer.zero_point.fill_(128)
+    with pytest.raises(ValueError, match='does not settle'):
+        input_grid(torch.nn.LeakyReLU(1e-9), quantizer)
+    with pytest.raises(ValueError, match='has parameters'):
+        input_grid(torch.nn.PReLU(), quantizer)

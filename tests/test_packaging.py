@@ -63,7 +63,11 @@ def installed(built, tmp_path_factory):
     venv.create(home, with_pip=False)
     (site,) = home.glob('lib/python*/site-packages')
     # a folder that a .pth names is only put on the path: an editable install of ours in there stays without effect
-    (site / 'lent.pth').write_text('\n'.join(p for p in sys.path if Path(p).name == 'site-packages'))
+    lent = [Path(p) for p in sys.path if Path(p).name == 'site-packages']
+    (site / 'lent.pth').write_text('\n'.join(map(str, lent)))
+    for name in {file for folder in lent for file in folder.glob('distutils-precedence.pth')}:
+        # from Python 3.12 on, setuptools gives distutils, for which mmengine asks; read after lent.pth
+        shutil.copy(name, site / 'lent_distutils.pth')
     python = home / 'bin' / 'python'
     call(sys.executable, '-m', 'pip', '--python', python, 'install', '--no-deps', '--no-index', built[1], cwd=home)
     return python.parent

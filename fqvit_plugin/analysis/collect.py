@@ -38,7 +38,7 @@ def analyse(
     Args:
         model: after surgery and calibration, in phase float or quant; is put in eval mode, its phase is kept.
         batches: streamed; each runs once in float and once quantized.
-        forward: runs one batch and returns the outputs; by default as :func:`~fqvit_plugin.lifecycle.calibrate_` does.
+        forward: runs one batch and returns the outputs; by default what ``calibrate_`` does.
 
     Raises:
         ValueError: there is no batch.

@@ -251,6 +251,10 @@ class Builder:
         codes, last = log_int_softmax_codes(distance, logits.scale.float(), bits)
         exponents = torch.where(codes < last, last - 1 - codes, -1.0).to(torch.int8)
         shift = exponent_for(torch.tensor(scale / out_scale), 24)
+        if shift > 32:
+            raise ValueError(
+                f'{out.name} has a scale over 256 times that of the values: not covered by the integer model'
+            )
         constants = {'exponents': exponents}
         if mask is not None:
             constants['mask'] = mask < 0
@@ -271,6 +275,8 @@ class Builder:
             channels, x.scale.float(), in_range, out.scale.float(), weight.float(), bias.float(), norm.eps
         )
         ratios = torch.log2(x.scale / x.scale.min())
+        if not torch.equal(ratios, ratios.round()) or 2 ** ratios.max() > PTF_LARGEST:
+            raise ValueError(f'{x.name}: the integer LayerNorm wants scales apart by 1, 2, 4 or 8, as PTF finds them')
         constants = {
             'zero': x.zero.to(torch.int32),
             'factors': ratios.expand(channels).to(torch.uint8),

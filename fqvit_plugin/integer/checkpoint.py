@@ -55,9 +55,12 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
     }
     metadata = {'format': FORMAT, 'version': str(VERSION), 'program': json.dumps(program, separators=(',', ':'))}
     target = Path(path)
-    draft = target.with_name(f'{target.name}.part')
-    save_file(tensors, draft, {**(meta or {}), **metadata})
-    draft.replace(target)
+    draft = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+    try:
+        save_file(tensors, draft, {**(meta or {}), **metadata})
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
     return target.stat().st_size
 
 
@@ -80,7 +83,9 @@ def load_integer(path: str | os.PathLike) -> IntegerModel:
     if int(metadata['version']) > VERSION:
         found = metadata['version']
         raise ValueError(f'{path} has version {found}; this fqvit_plugin reads up to {VERSION}: update it')
-    return IntegerModel(_program(json.loads(metadata['program']), tensors)).eval()
+    model = IntegerModel(_program(json.loads(metadata['program']), tensors)).eval()
+    model.meta = {k: v for k, v in metadata.items() if k not in ('format', 'version', 'program')}
+    return model
 
 
 def _program(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
@@ -99,10 +104,10 @@ def _encode(value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     """Tensors by the suffix of their names, and how to read them; None for a tensor stored as it is."""
     if value.dtype is torch.int8 and value.ndim == 1 and len(value) > 2**12:
         starts = torch.cat((torch.ones(1, dtype=torch.bool), value.diff() != 0)).nonzero().flatten()
-        if len(starts) * 3 < len(value):
+        if len(starts) * 5 < len(value):
             runs = {'starts': starts.to(torch.int32), 'values': value[starts]}
             return runs, {'kind': 'runs', 'length': len(value)}
-    if value.dtype is torch.int8 and value.ndim == 2 and value.abs().max() <= 7:
+    if value.dtype is torch.int8 and value.ndim == 2 and value.min() >= -8 and value.max() <= 7:
         flat = torch.nn.functional.pad(value.flatten(), (0, value.numel() % 2)).to(torch.uint8) & 15
         return {'int4': flat[0::2] | (flat[1::2] << 4)}, {'kind': 'int4', 'shape': list(value.shape)}
     return {'': value}, None

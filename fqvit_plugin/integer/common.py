@@ -96,7 +96,7 @@ def add_head(b: Builder, head: Any, x: Codes) -> Codes:
     Raises:
         ValueError: another kind of head.
     """
-    if isinstance(getattr(head, 'fc', None), QLinearAct):
+    if type(head).__name__ in ('LinearClsHead', 'MultiLabelLinearClsHead'):
         return b.linear(x, head.fc, head.fc.out_act)
     layers = getattr(head, 'layers', None)
     if not isinstance(layers, nn.Sequential) or type(head).__name__ != 'VisionTransformerClsHead':

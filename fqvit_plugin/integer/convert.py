@@ -38,8 +38,13 @@ def to_integer(model: nn.Module, image_size: tuple[int, int] | None = None) -> I
     classifier: Any = find_classifier(model)
     _check_strict(classifier)
     backbone, head = getattr(classifier, 'backbone', None), getattr(classifier, 'head', None)
+    if backbone is None:
+        raise ValueError(f'{type(classifier).__name__} is no classifier of MMPretrain, with backbone and head')
     b = Builder(classifier)
+    image_size = None if image_size is None else _pair(image_size)
     if isinstance(backbone, QPlainViT):
+        if getattr(classifier, 'neck', None) is not None:
+            raise ValueError(f'the neck {type(classifier.neck).__name__} has no integer form behind a ViT')
         x = add_vit(b, backbone, image_size or _pair(backbone.img_size))
     elif isinstance(backbone, SwinTransformer):
         image_size = image_size or _pair(backbone.patch_embed.init_input_size)

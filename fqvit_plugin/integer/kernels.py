@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ['KERNELS', 'int8_matmul', 'integer_sqrt']
+__all__ = ['KERNELS', 'cpu_support', 'int8_matmul', 'integer_sqrt']
 
 #: Name in a program -> kernel. Tensors come first, then keyword-only constants (tensors) and settings (plain values).
 KERNELS: dict[str, Callable[..., Tensor]] = {}
@@ -38,7 +38,7 @@ def int8_matmul(a: Tensor, b: Tensor) -> Tensor:
 
 def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     if a.device.type == 'cpu':
-        return torch._int_mm(a.contiguous(), b) if _cpu_has_int_mm() else a.int() @ b.int()
+        return _cpu_int_mm(a.contiguous(), b)
     # cuBLAS wants more than 16 rows, and columns and terms in eights; rows of zeros change nothing
     (n, k), m = a.shape, b.shape[1]
     a = F.pad(a, (0, -k % 8, 0, max(0, 17 - n)))
@@ -46,15 +46,26 @@ def _int_mm(a: Tensor, b: Tensor) -> Tensor:
     return torch._int_mm(a.contiguous(), b.t().contiguous().t())[:n, :m]
 
 
+def _cpu_int_mm(a: Tensor, b: Tensor) -> Tensor:
+    support = cpu_support()
+    if support == 'exact':
+        return torch._int_mm(a, b)
+    if support == 'saturating':  # sums of two products stay below 2**15 when one factor has four bits
+        return (torch._int_mm(a, b >> 4) << 4) + torch._int_mm(a, b & 15)
+    return a.int() @ b.int()
+
+
 @cache
-def _cpu_has_int_mm() -> bool:
-    """Whether this torch has the int8 product on CPUs; the int32 product, which is slow, is everywhere."""
-    one = torch.ones(1, 1, dtype=torch.int8)
+def cpu_support() -> str:
+    """``'exact'``, ``'saturating'`` or ``'none'``: what this CPU and this torch make of int8 products.
+
+    Without VNNI oneDNN adds pairs of products in 16 bits, which saturate; older versions of torch have none.
+    """
+    a, b = torch.full((32, 64), 127, dtype=torch.int8), torch.full((64, 32), -128, dtype=torch.int8)
     try:
-        torch._int_mm(one, one)
+        return 'exact' if torch.equal(torch._int_mm(a, b), a.int() @ b.int()) else 'saturating'
     except (RuntimeError, AttributeError):
-        return False
-    return True
+        return 'none'
 
 
 def _store(x: Tensor, zero: Tensor, bits: int) -> Tensor:
@@ -104,6 +115,8 @@ def attend(
         logits: (…, N, T) codes.
         value: (…, T, D) codes.
         exponents: int8, of each distance from the row's maximum; at most 15.
+        zero, out_zero: of ``value`` and of the result.
+        shift: at most 32, so that ``sum(p) 2**shift`` stays below 2**62 for 2**14 tokens.
         mask: (W, N, T) bool, true where attention is forbidden; ``logits`` are then (B W, heads, N, T).
         gain: below 2**24.
     """

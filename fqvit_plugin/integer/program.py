@@ -76,6 +76,7 @@ class IntegerModel(nn.Module):
     def __init__(self, program: Program) -> None:
         super().__init__()
         self.program = program
+        self.meta: dict[str, str] = {}  #: texts of the checkpoint it came from
         self._buffer_of = {name: f'c{i}' for i, name in enumerate(program.constants)}
         for name, buffer in self._buffer_of.items():
             self.register_buffer(buffer, program.constants[name])
@@ -93,7 +94,9 @@ class IntegerModel(nn.Module):
         if image.shape[2:] != self.program.image_size:
             size, wanted = tuple(image.shape[2:]), self.program.image_size
             raise ValueError(f'this integer model takes images of {wanted}, got {size}: convert it for that size')
-        *_, (_, codes) = self.steps(image)
+        codes = image
+        for _, codes in self.steps(image):  # noqa: B007 - the last one counts; kept all, none could be freed
+            pass
         return (codes.int() - self.output_zero) * self.output_scale
 
     def steps(self, image: Tensor) -> Iterator[tuple[Op, Tensor]]:

@@ -20,7 +20,7 @@ def add_swin(b: Builder, swin: Any, image_size: tuple[int, int]) -> tuple[Codes,
     """The backbone, from the image to the (B, H W, C) features of its last stage, with H and W.
 
     Raises:
-        ValueError: several outputs, or no norm on the output.
+        ValueError: several outputs, or an absolute position embedding.
     """
     last = len(swin.stages) - 1
     if list(swin.out_indices) != [last]:
@@ -106,8 +106,9 @@ def _add_merging(b: Builder, merging: QPatchMerging, x: Codes, hw: tuple[int, in
     bottom, right = height % 2, width % 2  # AdaptivePadding('corner')
     x = b.layout('reshape', x, f'{path}.map', shape=[-1, height, width, channels])
     if bottom or right:
-        value = int(x.zero) if not x.zero.ndim else None
-        x = b.layout('pad_map', x, f'{path}.padded', bottom=bottom, right=right, value=value)
+        if x.zero.ndim or merging.adaptive_padding is None:
+            raise ValueError(f'{path}: odd maps of {hw} are not covered by the integer model')
+        x = b.layout('pad_map', x, f'{path}.padded', bottom=bottom, right=right, value=int(x.zero))
     height, width = (height + bottom) // 2, (width + right) // 2
     x = b.layout('reshape', x, f'{path}.cut', shape=[-1, height, 2, width, 2, channels])
     x = b.layout('permute', x, f'{path}.cut_sorted', dims=[0, 1, 3, 5, 2, 4])
