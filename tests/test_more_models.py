@@ -13,6 +13,7 @@ from functools import partial
 import mmpretrain
 import pytest
 import torch
+from mmengine.utils import digit_version
 from mmpretrain.models import backbones
 
 from fqvit_plugin import calibrate_, dequant, get_scheme, load_quantized_, quant, quantize_model_
@@ -105,7 +106,7 @@ def test_gradients_in_float_are_the_models(name):
 
 
 @ONE_OF_EACH
-def test_copies_compilers_autocast_and_single_images(name):
+def test_copies_autocast_and_single_images(name):
     model, x = made(name)
     model = quantized(model, [x])
     (expected,) = run(model, x)
@@ -113,9 +114,6 @@ def test_copies_compilers_autocast_and_single_images(name):
     assert error([alone], [expected[1:2]]) < 0.02, 'no statistic of a batch enters'
     with torch.autocast('cpu', torch.bfloat16):
         assert torch.equal(run(model, x)[0], expected)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend='eager')
-    assert torch.equal(run(compiled, x)[0], expected)
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -126,6 +124,18 @@ def test_copies_compilers_autocast_and_single_images(name):
     quant(copied)
     assert torch.equal(run(copied, x)[0], run(quantized(made(name)[0], [3 * x]), x)[0])
     assert torch.equal(run(model, x)[0], expected), 'the original did not change'
+
+
+@pytest.mark.skipif(
+    digit_version(torch.__version__) < digit_version('2.5.0'), reason='Dynamo of torch 2.1 traces only plain ViTs'
+)
+@ONE_OF_EACH
+def test_compilers_find_one_graph(name):
+    model, x = made(name)
+    model = quantized(model, [x])
+    (expected,) = run(model, x)
+    torch._dynamo.reset()
+    assert torch.equal(run(torch.compile(model, fullgraph=True, backend='eager'), x)[0], expected)
 
 
 @ONE_OF_EACH
