@@ -17,7 +17,9 @@ from torch import Tensor
 from ._torch import is_compiling
 
 __all__ = [
+    'LARGEST_EXPONENT',
     'LayerNormConstants',
+    'by_slices',
     'int_layernorm',
     'int_layernorm_reference',
     'layernorm_constants',
@@ -33,7 +35,7 @@ __all__ = [
 _SLICE = 1 << 19
 
 
-def _by_slices(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
+def by_slices(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
     """``function(x)``, taken over slices of rows; compilers, which need no scratch memory, see it whole."""
     if is_compiling() or x.numel() <= _SLICE or not x.is_contiguous():
         return function(x)
@@ -61,7 +63,7 @@ def int_layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weig
 
     Source: FQ-ViT, section 4.1 and its published code.
     """
-    return _by_slices(lambda rows: _layernorm_reference(rows, in_scale, out_scale, weight, bias), x)
+    return by_slices(lambda rows: _layernorm_reference(rows, in_scale, out_scale, weight, bias), x)
 
 
 def _layernorm_reference(x: Tensor, in_scale: Tensor, out_scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -115,7 +117,7 @@ def int_layernorm(
     Source: FQ-ViT, section 4.1; I-BERT's integer root. Deviations: docs/numerics.md.
     """
     constants = layernorm_constants(x.shape[-1], in_scale, in_range, out_scale, weight, bias, eps)
-    return _by_slices(lambda rows: _layernorm(rows, constants), x)
+    return by_slices(lambda rows: _layernorm(rows, constants), x)
 
 
 class LayerNormConstants(NamedTuple):
@@ -201,7 +203,7 @@ def log_int_softmax_reference_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
     Source: FQ-ViT, section 4.2 and its published code; Kim et al., I-BERT, ICML 2021.
     """
-    return _by_slices(lambda rows: _log_int_softmax_rows_(rows, scale, bits), x, out=x)
+    return by_slices(lambda rows: _log_int_softmax_rows_(rows, scale, bits), x, out=x)
 
 
 def _log_int_softmax_rows_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -230,6 +232,9 @@ def _log_int_softmax_rows_(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 #: Log2 codes from here on are zero: 2**-15.5 of the row's largest probability. All sums of powers up to 512 tokens
 #: are then exact in float32, and codes fit two signed bytes of shifts.
 _DEPTH = 16
+
+#: A row's largest probability is ``2**15`` in integers.
+LARGEST_EXPONENT = _DEPTH - 1
 
 
 def log_int_softmax_shift(scale: Tensor) -> Tensor:

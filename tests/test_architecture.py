@@ -25,6 +25,7 @@ ORDER = [
     'observers',
     'quantizers',
     'intmath',
+    'dyadic',
     'tables',
     'phase',
     'layers',

@@ -5,7 +5,6 @@ All real arithmetic of the conversion happens here, in float64, once.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..intmath import layernorm_constants, log_int_softmax_codes
+from ..dyadic import add_rule, mean_rule, rescale
+from ..intmath import LARGEST_EXPONENT, layernorm_constants, log_int_softmax_codes
 from ..layers import QAct, QActOf, QIntLayerNorm
 from ..quantizers import UniformQuantizer
 from ..tables import TABLE_BITS, input_grid
@@ -64,15 +64,6 @@ def grid_of(act: QAct, name: str) -> Codes:
         raise ValueError(f'{name} has {bit_type.bits} bits; the integer model computes with at most 8')
     middle = bit_type.qmin + 2 ** (bit_type.bits - 1)
     return Codes(name, quantizer.scale.double().cpu(), quantizer.zero_point.long().cpu() - middle, bit_type.bits)
-
-
-def exponent_for(ratio: Tensor, gain_bits: int) -> int:
-    """The shift that gives the largest ratio a gain of ``gain_bits`` bits; 1 to 46."""
-    largest = float(ratio.abs().max())
-    shift = gain_bits - math.frexp(largest)[1] if largest > 0 else gain_bits
-    if shift < 1:
-        raise ValueError(f'a factor of {largest:.3g} between two grids does not fit {gain_bits} bits')
-    return min(shift, 46)
 
 
 class Builder:
@@ -164,39 +155,33 @@ class Builder:
         bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
         return Sums(name, unit), bias.cpu()
 
-    def affine(self, x: Sums | Codes, out: Codes, factor: Tensor | float = 1.0, term: Tensor | float = 0.0) -> Codes:
+    def affine(self, x: Sums, out: Codes, factor: Tensor | float = 1.0, term: Tensor | float = 0.0) -> Codes:
         """``x * factor + term`` on the grid of ``out``, whose name the result bears."""
         term = torch.as_tensor(term, dtype=torch.float64)
-        if isinstance(x, Codes):
-            ratio = x.scale * factor / out.scale
-            term = term - x.zero * x.scale * factor
-        else:
-            ratio = x.unit * factor / out.scale
-        shift = exponent_for(ratio, 30)
-        gain = torch.round(ratio * 2.0**shift).to(torch.int32)
-        offset = term / out.scale * 2.0**shift
-        offset_shift = max(0, math.frexp(float(offset.abs().max()))[1] - 30)
+        rule = rescale(x.unit * factor / out.scale, term / out.scale)
+        offset_shift = int(rule.offset_shift)
         constants = {
-            'gain': gain,
-            'offset': torch.round(offset / 2.0**offset_shift).to(torch.int32),
+            'gain': rule.gain.to(torch.int32),
+            'offset': (rule.offset / 2.0**offset_shift).to(torch.int32),
             'zero': out.zero.to(torch.int32),
         }
-        settings = dict(shift=shift, offset_shift=offset_shift, bits=out.bits)
-        self.emit('affine', [x.name], out.name, constants, **settings)
+        self.emit(
+            'affine', [x.name], out.name, constants, shift=int(rule.shift), offset_shift=offset_shift, bits=out.bits
+        )
         return self._codes(out)
 
     def add(self, a: Codes, b: Codes, act: QAct, name: str | None = None) -> Codes:
         """A residual sum on the grid of ``act``."""
         out = grid_of(act, name or self.path(act))
-        ratio_a, ratio_b = a.scale / out.scale, b.scale / out.scale
-        shift = min(exponent_for(ratio_a, 30), exponent_for(ratio_b, 30))
+        rule = add_rule(a.scale, b.scale, out.scale)
         constants = {
-            'gain_a': torch.round(ratio_a * 2.0**shift).to(torch.int32),
-            'gain_b': torch.round(ratio_b * 2.0**shift).to(torch.int32),
+            'gain_a': rule.gain_a.to(torch.int32),
+            'gain_b': rule.gain_b.to(torch.int32),
             'zero_a': a.zero.to(torch.int32),
             'zero_b': b.zero.to(torch.int32),
             'zero': out.zero.to(torch.int32),
         }
+        shift = int(rule.shift)
         self.emit('add', [a.name, b.name], out.name, constants, shift=shift, bits=out.bits)
         return self._codes(out)
 
@@ -249,17 +234,11 @@ class Builder:
         out_scale, out_zero = out.single
         distance = torch.arange(2**logits.bits, dtype=torch.float32)
         codes, last = log_int_softmax_codes(distance, logits.scale.float(), bits)
-        exponents = torch.where(codes < last, last - 1 - codes, -1.0).to(torch.int8)
-        shift = exponent_for(torch.tensor(scale / out_scale), 24)
-        if shift > 32:
-            raise ValueError(
-                f'{out.name} has a scale over 256 times that of the values: not covered by the integer model'
-            )
-        constants = {'exponents': exponents}
+        constants = {'exponents': torch.where(codes < last, LARGEST_EXPONENT - codes, -1.0).to(torch.int8)}
         if mask is not None:
             constants['mask'] = mask < 0
-        gain = round(scale / out_scale * 2**shift)
-        settings = dict(zero=zero, gain=gain, shift=shift, out_zero=out_zero, bits=out.bits)
+        rule = mean_rule(torch.tensor(scale / out_scale, dtype=torch.float64))
+        settings = dict(zero=zero, gain=int(rule.gain), shift=int(rule.shift), out_zero=out_zero, bits=out.bits)
         self.emit('attend', [logits.name, value.name], out.name, constants, **settings)
         return self._codes(out)
 

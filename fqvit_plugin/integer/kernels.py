@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..dyadic import MEAN_BITS, RECIPROCAL_BITS
+
 __all__ = ['KERNELS', 'cpu_support', 'int8_matmul', 'integer_sqrt']
 
 #: Name in a program -> kernel. Tensors come first, then keyword-only constants (tensors) and settings (plain values).
@@ -108,17 +110,17 @@ def attend(
 ) -> Tensor:
     """Log-Int-Softmax of the rows of ``logits``, times ``value``, on a new grid.
 
-    ``p = 2**exponents[max - logit]`` (0 where the exponent is negative); then
-    ``round(sum(p (value - zero)) gain / (sum(p) 2**shift))``, halves rounded up. One division for each output.
+    ``p = 2**exponents[max - logit]`` (0 where the exponent is negative), then with one division for each row
+    ``m = (sum(p (value - zero)) (2**44 // sum(p)) + 2**27) >> 28``, the mean with 16 fractional bits, and
+    ``(m gain + 2**(shift + 15)) >> (shift + 16)``.
 
     Args:
         logits: (…, N, T) codes.
         value: (…, T, D) codes.
         exponents: int8, of each distance from the row's maximum; at most 15.
         zero, out_zero: of ``value`` and of the result.
-        shift: at most 32, so that ``sum(p) 2**shift`` stays below 2**62 for 2**14 tokens.
         mask: (W, N, T) bool, true where attention is forbidden; ``logits`` are then (B W, heads, N, T).
-        gain: below 2**24.
+        gain, shift: ``gain / 2**shift``, at most 24 bits and 42.
     """
     x = logits.to(torch.int16)
     if mask is not None:
@@ -132,10 +134,14 @@ def attend(
     # -2**e for e < 8 are int8 numbers, 2**7 is not: the signs are taken back below
     low, high = _negative_power(exponent, 0), _negative_power(exponent, 8)
     total = -(low.sum(-1, keepdim=True, dtype=torch.int64) + (high.sum(-1, keepdim=True, dtype=torch.int64) << 8))
-    # |sum p v| < 2**15 * 2**8 * T: int64 from here on
+    # |sum p v| <= 2**8 sum(p), so its product with the reciprocal stays within 2**52
     sums = -(int8_matmul(low, value).long() + (int8_matmul(high, value).long() << 8)) - zero * total
-    scaled, unit = sums * gain, total << shift
-    return _store(torch.div(2 * scaled + unit, 2 * unit, rounding_mode='floor'), _as(out_zero, scaled), bits)
+    mean = (sums * ((1 << RECIPROCAL_BITS) // total) + (1 << (_DROPPED - 1))) >> _DROPPED
+    shift += MEAN_BITS
+    return _store((mean * gain + (1 << (shift - 1))) >> shift, _as(out_zero, mean), bits)
+
+
+_DROPPED = RECIPROCAL_BITS - MEAN_BITS
 
 
 def _negative_power(exponent: Tensor, lowest: int) -> Tensor:
@@ -158,8 +164,8 @@ def affine(
     """``(x gain + offset 2**offset_shift) / 2**shift``, halves rounded up, as codes: accumulators to a new grid.
 
     Args:
-        x: (…, C) integers below 2**31.
-        gain: int32, () or (C,), at most 2**30.
+        x: (…, C) integers below 2**28.
+        gain: int32, () or (C,), of at most 24 bits.
         offset: int32, broadcasts to ``x``.
         zero: int32, () or (C,).
     """
