@@ -6,12 +6,15 @@ One rule, two executions. The integer kernels follow it in int64; the simulation
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .intmath import by_slices
+from ._torch import is_compiling
+from .functional import whole_steps
+from .intmath import SLICE, by_slices
 
 __all__ = [
     'MEAN_BITS',
@@ -21,9 +24,10 @@ __all__ = [
     'Rescale',
     'add_rule',
     'added',
+    'affine_rule',
     'mean_rule',
     'rescale',
-    'rescaled',
+    'rescaled_',
     'weighted_mean',
 ]
 
@@ -72,16 +76,36 @@ def rescale(ratio: Tensor, term: Tensor) -> Rescale:
     return Rescale(gain, torch.round(offset / unit) * unit, shift, torch.log2(unit))
 
 
-def rescaled(x: Tensor, rule: Rescale) -> Tensor:
-    """``x`` under ``rule``: float32 integers to float32 integers, not yet saturated.
+def affine_rule(
+    scales: Sequence[Tensor], factor: Tensor | float, bias: Tensor | None, scale: Tensor
+) -> Rescale:
+    """The rule from accumulators to a grid: ``x = sums * prod(scales) * factor + bias * factor``.
 
     Args:
-        x: (…, C) of at most 28 bits.
+        scales: () or (C,), of the operands of the product.
+        factor: () or (C,), layer scale for instance.
+        bias: (C,), or None.
+        scale: () or (C,), of the grid.
+    """
+    ratio = torch.ones((), dtype=torch.float64, device=scale.device) * factor / scale.double()
+    term = torch.zeros_like(ratio) if bias is None else bias.detach().double() * ratio
+    for operand in scales:
+        ratio = ratio * operand.double()
+    return rescale(ratio, term)
+
+
+def rescaled_(x: Tensor, rule: Rescale) -> Tensor:
+    """``x`` under ``rule``: float32 integers, not yet saturated; overwrites ``x`` where that is float32.
+
+    Args:
+        x: (…, C) float32 or float64 integers of at most 28 bits.
     """
     # |x gain| < 2**52 and |offset| <= 2**51; powers of two go into the constants beforehand, which changes no bit
     shrink = torch.exp2(-rule.shift)
     gain, offset = rule.gain * shrink, rule.offset * shrink + 0.5
-    return by_slices(lambda rows: rows.double().mul_(gain).add_(offset).floor_().to(rows.dtype), x)
+    if x.dtype is torch.float64:
+        return x.mul_(gain).add_(offset).floor_().float()
+    return by_slices(lambda rows: rows.double().mul_(gain).add_(offset).floor_().float(), x, out=x)
 
 
 class AddRule(NamedTuple):
@@ -93,17 +117,34 @@ class AddRule(NamedTuple):
 
 
 def add_rule(scale_a: Tensor, scale_b: Tensor, scale: Tensor) -> AddRule:
-    """Integers for the sum of two tensors of steps, on the grid of ``scale``; all () or (C,) float64."""
-    a, b = scale_a / scale, scale_b / scale
+    """Integers for the sum of two tensors of steps, on the grid of ``scale``; all () or (C,)."""
+    a, b = scale_a.double() / scale.double(), scale_b.double() / scale.double()
     shift = torch.minimum(shift_for(a, _ADD_BITS), shift_for(b, _ADD_BITS))
     return AddRule(torch.round(a * torch.exp2(shift)), torch.round(b * torch.exp2(shift)), shift)
 
 
-def added(a: Tensor, b: Tensor, rule: AddRule) -> Tensor:
-    """The sum of float32 integers of at most 16 bits under ``rule``, not yet saturated."""
+def added(a: Tensor, scale_a: Tensor, b: Tensor, scale_b: Tensor, rule: AddRule) -> Tensor:
+    """The sum of reals on the grids of ``scale_a`` and ``scale_b`` under ``rule``, float32, not yet saturated.
+
+    Args:
+        a: float32, whole steps of at most 16 bits.
+        b: the same; broadcasts to ``a``.
+    """
     shrink = torch.exp2(-rule.shift)
-    y = (a.double() * (rule.gain_a * shrink)).add_(b.double().mul_(rule.gain_b * shrink))
-    return y.add_(0.5).floor_().to(a.dtype)
+    gain_a, gain_b = rule.gain_a * shrink, rule.gain_b * shrink
+
+    def rows(a: Tensor, b: Tensor) -> Tensor:
+        first = whole_steps(a, scale_a).double().mul_(gain_a)
+        return first.add_(whole_steps(b, scale_b).double().mul_(gain_b)).add_(0.5).floor_().float()
+
+    count = max(1, SLICE // max(a[0].numel(), 1))
+    if is_compiling() or count >= len(a):
+        return rows(a, b)
+    out = torch.empty_like(a)
+    broadcast = b.ndim < a.ndim or len(b) == 1
+    for part in (slice(i, i + count) for i in range(0, len(a), count)):
+        out[part] = rows(a[part], b if broadcast else b[part])
+    return out
 
 
 #: Bits of a row's reciprocal in :func:`weighted_mean`, and fractional bits of its mean.

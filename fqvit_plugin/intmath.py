@@ -18,11 +18,13 @@ from ._torch import is_compiling
 
 __all__ = [
     'LARGEST_EXPONENT',
+    'SLICE',
     'LayerNormConstants',
     'by_slices',
     'int_layernorm',
     'int_layernorm_reference',
     'layernorm_constants',
+    'log_int_powers_',
     'log_int_softmax_',
     'log_int_softmax_codes',
     'log_int_softmax_reference_',
@@ -32,15 +34,15 @@ __all__ = [
 
 #: Elements that are worked on at a time. The functions below need several tensors of scratch memory, and new memory
 #: costs more than their arithmetic: slices reuse it while it is in the cache.
-_SLICE = 1 << 19
+SLICE = 1 << 19
 
 
 def by_slices(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
     """``function(x)``, taken over slices of rows; compilers, which need no scratch memory, see it whole."""
-    if is_compiling() or x.numel() <= _SLICE or not x.is_contiguous():
+    if is_compiling() or x.numel() <= SLICE or not x.is_contiguous():
         return function(x)
     out = torch.empty_like(x) if out is None else out
-    rows = max(1, _SLICE // x.shape[-1])
+    rows = max(1, SLICE // x.shape[-1])
     for source, target in zip(*(t.view(-1, x.shape[-1]).split(rows) for t in (x, out)), strict=True):
         result = function(source)
         if result.data_ptr() != target.data_ptr():
@@ -275,9 +277,14 @@ def log_int_softmax_(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | Non
 
     Source: FQ-ViT, section 4.2. Deviations: docs/numerics.md.
     """
+    powers = log_int_powers_(steps, scale, bits, mask)
+    return powers.div_(powers.sum(dim=-1, keepdim=True))
+
+
+def log_int_powers_(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) -> Tensor:
+    """The powers of two of :func:`log_int_softmax_`, ``2**-k`` or 0, before their row's sum divides them."""
     if mask is not None:
         steps.add_(torch.where(mask < 0, -torch.inf, 0.0))
     steps.sub_(steps.amax(dim=-1, keepdim=True))
     powers = steps.mul_(log_int_softmax_shift(scale)).round_().exp2_()
-    torch.threshold_(powers, 2.0 ** -_first_zero(bits), 0.0)
-    return powers.div_(powers.sum(dim=-1, keepdim=True))
+    return torch.threshold_(powers, 2.0 ** -_first_zero(bits), 0.0)

@@ -147,8 +147,12 @@ class UniformQuantizer(Quantizer):
 
     def from_steps_(self, x: Tensor) -> Tensor:
         """Grid points of whole steps that may still leave the grid, in place: what integer layers put out."""
-        scale, zero_point = self._aligned(x)
-        return saturate_(x, zero_point, self.spec.bit_type.qmin, self.spec.bit_type.qmax).mul_(scale)
+        return self.saturated_(x).mul_(align(self.scale, x, self.spec.axis))
+
+    def saturated_(self, x: Tensor) -> Tensor:
+        """Whole steps, those without a code replaced by the nearest that has one, in place."""
+        zero_point = align(self.zero_point, x, self.spec.axis)
+        return saturate_(x, zero_point, self.spec.bit_type.qmin, self.spec.bit_type.qmax)
 
     def _aligned(self, x: Tensor) -> tuple[Tensor, Tensor]:
         axis = self.spec.axis

@@ -6,14 +6,14 @@ this package, call ``register_family``.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmpretrain.models.utils import QuickGELU
 from torch import nn
 
 from .blocks import beit, davit, eva02, mvit, swin, swin_dense, swinv2, timm_swin, timm_vit, twins, vit
-from .blocks.common import LayerFactory, QLinearAct, QPooling, is_quantized
+from .blocks.common import LayerFactory, QLinearAct, QNormAct, QPooling, is_quantized, link
 from .blocks.family import Family, class_path, short_name
 from .blocks.refused import refusal
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
@@ -153,30 +153,46 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
             if hasattr(module, 'drop_prob'):
                 module.drop_prob = float(module.drop_prob)
         if classifier is not backbone:
-            _quantize_neck_(classifier, make)
-            _quantize_head_(classifier, make)
+            feature_act = _quantize_neck_(classifier, _output_act(backbone), make)
+            _quantize_head_(classifier, feature_act, make)
         apply_overrides_(classifier, scheme)
     return _report(classifier, scheme, float_bytes)
 
 
-def _quantize_neck_(classifier: Any, make: LayerFactory) -> None:
+def _output_act(backbone: Any) -> QAct | None:
+    """The quantizer of a backbone's last output, where it is known."""
+    if hasattr(backbone, 'output_act'):
+        return cast(QAct, backbone.output_act)
+    norm = getattr(backbone, f'norm{len(getattr(backbone, "stages", ())) - 1}', None)
+    return norm.out_act if isinstance(norm, QNormAct) else None
+
+
+def _quantize_neck_(classifier: Any, feature_act: QAct | None, make: LayerFactory) -> QAct | None:
+    """Quantize a pooling; gives the quantizer of what the head will see, where it is known."""
     neck: Any = getattr(classifier, 'neck', None)
     if type(neck).__name__ == 'GlobalAveragePooling':
-        classifier.neck = QPooling(neck, make)
+        classifier.neck = QPooling(neck, make, feature_act)
+        return classifier.neck.out_act
+    return feature_act if neck is None else None
 
 
-def _quantize_head_(classifier: Any, make: LayerFactory) -> None:
+def _quantize_head_(classifier: Any, feature_act: QAct | None, make: LayerFactory) -> None:
     """Quantize the linear layers of the heads we know: ``fc``, or ``layers`` of the ViT heads."""
     head: Any = getattr(classifier, 'head', None)
     fc, layers = getattr(head, 'fc', None), getattr(head, 'layers', None)
     if isinstance(fc, nn.Linear):
         head.fc = QLinearAct.wrap(fc, make)
+        link(head.fc, feature_act)
     elif isinstance(layers, nn.Sequential):
         for name, layer in layers.named_children():
             if isinstance(layer, nn.Linear):
-                setattr(layers, name, QLinearAct.wrap(layer, make))
+                twin = QLinearAct.wrap(layer, make)
+                link(twin, feature_act)
+                feature_act = twin.out_act
+                setattr(layers, name, twin)
             elif name == 'act':  # after pre_logits: its output is the classifier's input
-                setattr(layers, name, nn.Sequential(layer, make.act()))
+                feature_act = make.act()
+                setattr(layers, name, nn.Sequential(layer, feature_act))
 
 
 #: Float layers worth a line in the report.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .quantizers import UniformQuantizer
 
-__all__ = ['TABLE_BITS', 'input_grid']
+__all__ = ['TABLE_BITS', 'function_table', 'input_grid']
 
 #: Bits of the grid that a function reads. An 8-bit result changes at few hundred of its 65,536 points.
 TABLE_BITS = 16
@@ -45,3 +45,16 @@ def input_grid(function: Callable[[Tensor], Tensor], quantizer: UniformQuantizer
     step = (high - low) / (2**TABLE_BITS - 1)
     step = float(torch.tensor(step, dtype=torch.float32))  # what the simulation can hold
     return step, round(-(2 ** (TABLE_BITS - 1)) - low / step)
+
+
+def function_table(function: Callable[[Tensor], Tensor], quantizer: UniformQuantizer) -> tuple[float, int, Tensor]:
+    """Scale and zero point of :func:`input_grid`, and the code of ``function`` at each of its points, float64.
+
+    Raises:
+        ValueError: as :func:`input_grid`.
+    """
+    step, zero = input_grid(function, quantizer)
+    half = 2 ** (TABLE_BITS - 1)
+    with torch.no_grad():
+        x = torch.arange(-half - zero, half - zero, dtype=torch.float64, device=quantizer.scale.device) * step
+        return step, zero, quantizer.quantize(function(x))

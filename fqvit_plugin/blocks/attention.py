@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import LayerFactory, product
+from ..layers import QAct
+from .common import LayerFactory
+from .sums import attended, product, scores
 
 __all__ = ['QAttention', 'QSelfAttention', 'gather_bias', 'joined_bias', 'merged']
 
@@ -43,9 +45,19 @@ class QSelfAttention(nn.Module):
     def context(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, heads D), on the grid of ``context_act``."""
         q, k, v = self.heads(x)
-        logits = product(q, k.transpose(-2, -1)).mul_(self.head_dims**-0.5)  # (B, heads, N, N)
-        probs = self.attn_drop(self.probs(logits, self.logits_act))
-        return self.context_act(product(probs, v).transpose(1, 2).flatten(2))
+        q_act, k_act = self.query_and_key_acts()
+        if q_act.is_exact and k_act.is_exact:
+            logits: Any = scores(q, k, q_act, k_act, self.head_dims**-0.5)  # (B, heads, N, N)
+        else:
+            logits = product(q, k.transpose(-2, -1)).mul_(self.head_dims**-0.5)
+        probs = self.probs(logits, self.logits_act)
+        if isinstance(probs, Tensor):
+            probs = self.attn_drop(probs)
+        return self.context_act(attended(probs, v, self.qkv_act, merged))
+
+    def query_and_key_acts(self) -> tuple[QAct, QAct]:
+        """The quantizers of queries and keys."""
+        return self.qkv_act, self.qkv_act
 
 
 class QAttention(nn.Module):

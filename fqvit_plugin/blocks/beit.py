@@ -8,8 +8,9 @@ from mmpretrain.models import BEiTViT
 from torch import Tensor, nn
 
 from .attention import QAttention, gather_bias, joined_bias
-from .common import QFFN, LayerFactory, check_ffn, linked, product
+from .common import QFFN, LayerFactory, check_ffn, linked
 from .family import Family, class_path
+from .sums import product
 from .vit import QPlainViT, check_patches_and_norms, quantize_plain_vit_
 
 __all__ = ['FAMILY', 'QBEiTAttention', 'QBEiTBlock', 'QBEiTViT', 'QRelativePositionBias', 'quantize_beit_']

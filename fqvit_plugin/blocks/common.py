@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..exact import Sums
 from ..layers import QAct, QActOf, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
-from ..phase import QuantLayer, full_precision
+from ..phase import QuantLayer
 from ..scheme import QuantScheme
+from .sums import layer_scaled, mean
 
 __all__ = [
     'QFFN',
@@ -25,7 +27,6 @@ __all__ = [
     'is_quantized',
     'link',
     'linked',
-    'product',
 ]
 
 
@@ -74,21 +75,14 @@ class LayerFactory:
         return QIntLayerNorm.from_float(norm, self.scheme.int_norm, self.scheme.arithmetic)
 
 
-def link(module: Any, act: QAct) -> None:
+def link(module: Any, act: QAct | None) -> None:
     """Let ``module`` know the layer that quantized its input, without owning it."""
     module._input_act = (act,)  # in a tuple, so that it is no submodule and its scale no second state
 
 
-def linked(module: Any) -> QAct:
-    """The layer that quantized the input of ``module``."""
-    act: QAct = module._input_act[0]
-    return act
-
-
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` of two activations, in float32 under quant whatever autocast says."""
-    with full_precision(a, b):
-        return a @ b
+def linked(module: Any) -> Any:
+    """The layer that quantized the input of ``module``; None where nobody told."""
+    return module._input_act[0]
 
 
 class QLinearAct(QLinear):
@@ -130,16 +124,23 @@ class QNormAct(QIntLayerNorm):
 class QPooling(nn.Module):
     """Global average pooling whose output is quantized; the forward of MMPretrain's neck."""
 
-    def __init__(self, neck: Any, make: LayerFactory) -> None:
+    def __init__(self, neck: Any, make: LayerFactory, input_act: QAct | None = None) -> None:
         super().__init__()
         self.gap = neck.gap
         self.out_act = make.act()
+        link(self, input_act)
 
     def forward(self, inputs: tuple[Tensor, ...] | Tensor) -> tuple[Tensor, ...] | Tensor:
         """A tuple of (B, C, H, W), or one, to (B, C) each."""
         if isinstance(inputs, tuple):
-            return tuple(self.out_act(self.gap(x).flatten(1)) for x in inputs)
-        return self.out_act(self.gap(inputs).flatten(1))
+            return (*(self.out_act(self.gap(x).flatten(1)) for x in inputs[:-1]), self._pooled(inputs[-1]))
+        return self._pooled(inputs)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        act = linked(self)
+        if act is None or not act.is_exact or x.ndim != 4:
+            return self.out_act(self.gap(x).flatten(1))
+        return self.out_act(mean(x, act, (2, 3)))
 
 
 class QFFN(nn.Module):
@@ -161,6 +162,14 @@ class QFFN(nn.Module):
         self.dropout_layer = ffn.dropout_layer
         self.hidden_act = make.act_of(activation)
         self.out_act = make.act()
+        link(self.layers[1], self.hidden_act)
+
+    @property
+    def hidden_linear(self) -> QLinear:
+        """The first linear layer."""
+        hidden: Any = self.layers[0]
+        linear: QLinear = hidden[0]
+        return linear
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
         """(B, N, C) to (B, N, C), times the block's layer scale (C,) where the block has it (BEiT)."""
@@ -168,8 +177,10 @@ class QFFN(nn.Module):
         # by index, not unpacked: Dynamo of torch 2.1 cannot unpack a Sequential; the activation is part of hidden_act
         x = hidden[2](self.hidden_act(hidden[0](x)))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
-        x = self.gamma2(self.layers[1](x))
-        x = self.out_act(x if scale is None else scale * x)
+        x = layer_scaled(self.layers[1](x), self.gamma2)
+        if scale is not None:
+            x = x.times(scale) if isinstance(x, Sums) else scale * x
+        x = self.out_act(x)
         return self.dropout_layer(self.layers[2](x))
 
 
@@ -197,6 +208,8 @@ class QPatchEmbed(nn.Module):
         self.input_act = make.act_of_shared() if make.scheme.input_quant else nn.Identity()
         self.patch_act = make.act()
         self.norm_act = None if embed.norm is None else make.act()
+        if isinstance(self.input_act, QAct):
+            link(self.projection, self.input_act)
 
     @property
     def last_act(self) -> QAct:
@@ -209,8 +222,12 @@ class QPatchEmbed(nn.Module):
         if self.adaptive_padding is not None:
             x = self.adaptive_padding(x)
         x = self.projection(x)
-        out_size = (x.shape[2], x.shape[3])
-        x = self.patch_act(x.flatten(2).transpose(1, 2))
+        if isinstance(x, Sums):  # (B, H', W', C)
+            out_size = (x.sums.shape[1], x.sums.shape[2])
+            x = self.patch_act(x.view(lambda sums: sums.flatten(1, 2)))
+        else:
+            out_size = (x.shape[2], x.shape[3])
+            x = self.patch_act(x.flatten(2).transpose(1, 2))
         if self.norm is not None and self.norm_act is not None:
             x = self.norm(x, self.patch_act, self.norm_act)
         return x, out_size

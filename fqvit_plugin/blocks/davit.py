@@ -23,9 +23,9 @@ from .common import (
     check_ffn,
     check_norm,
     check_patch_embed,
-    product,
 )
 from .family import Family, class_path
+from .sums import product
 
 __all__ = ['FAMILY', 'QChannelAttention', 'QDaViTBlock', 'QDownsample', 'QPlainWindowMSA', 'quantize_davit_']
 

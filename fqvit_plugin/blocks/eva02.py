@@ -11,8 +11,9 @@ from mmpretrain.models.utils import RotaryEmbeddingFast
 from torch import Tensor, nn
 
 from .attention import QAttention
-from .common import LayerFactory, linked, product
+from .common import LayerFactory, linked
 from .family import Family, class_path
+from .sums import product
 from .swiglu import QSwiGLU, check_swiglu, is_swiglu
 from .vit import QVisionTransformer, check_patches_and_norms, quantize_plain_vit_
 

@@ -20,9 +20,9 @@ from .common import (
     check_patch_embed,
     link,
     linked,
-    product,
 )
 from .family import Family, class_path
+from .sums import product
 
 __all__ = ['FAMILY', 'QMultiScaleAttention', 'QMultiScaleBlock', 'quantize_mvit_']
 

@@ -11,7 +11,9 @@ from typing import Any
 from mmpretrain.models import SwinTransformer
 from torch import Tensor, nn
 
+from ..exact import Powers
 from ..layers import QAct
+from .attention import merged
 from .common import (
     QFFN,
     LayerFactory,
@@ -23,9 +25,9 @@ from .common import (
     check_patch_embed,
     link,
     linked,
-    product,
 )
 from .family import Family, class_path
+from .sums import attended, product, scores, summed
 
 __all__ = ['FAMILY', 'QPatchMerging', 'QPositionedDropout', 'QSwinBlock', 'QWindowMSA', 'quantize_swin_']
 
@@ -52,6 +54,7 @@ class QWindowMSA(nn.Module):
         self.probs = make.softmax()
         self.context_act = make.act()
         self.proj_act = make.act()
+        link(self.proj, self.context_act)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """(windows B, N, C) to the same; ``mask`` is (windows, N, N), negative across window borders."""
@@ -59,23 +62,26 @@ class QWindowMSA(nn.Module):
         qkv = self.qkv_act(self.qkv(x))
         qkv = qkv.reshape(windows, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)  # (windows B, heads, N, D) each
-        scores = self.scores_act(product(q * self.scale, k.transpose(-2, -1)))
-        logits = scores + self._position_bias(tokens)  # (windows B, heads, N, N)
-        probs = self.attn_drop(self._softmax(logits, mask))
-        x = product(probs, v).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj_act(self.proj(self.context_act(x))))
+        if self.qkv_act.is_exact:
+            products = self.scores_act(scores(q, k, self.qkv_act, self.qkv_act, self.scale))
+        else:
+            products = self.scores_act(product(q * self.scale, k.transpose(-2, -1)))
+        if mask is not None:
+            products = products.view(-1, mask.shape[0], *products.shape[1:])  # (B, windows, heads, N, N)
+            mask = mask[:, None]
+        logits = summed(products, self.scores_act, self._position_bias(tokens), self.bias_table_act)
+        probs = self.probs(logits, self.logits_act, mask)
+        if isinstance(probs, Powers):
+            probs = Powers(probs.powers.view(windows, self.num_heads, tokens, tokens))
+        else:
+            probs = self.attn_drop(probs.view(windows, self.num_heads, tokens, tokens))
+        x = self.context_act(attended(probs, v, self.qkv_act, merged))
+        return self.proj_drop(self.proj_act(self.proj(x)))
 
     def _position_bias(self, tokens: int) -> Tensor:
         table = self.bias_table_act(self.relative_position_bias_table)
         bias = table[self.relative_position_index.view(-1)].view(tokens, tokens, -1)
         return bias.permute(2, 0, 1).contiguous()  # (heads, N, N)
-
-    def _softmax(self, logits: Tensor, mask: Tensor | None) -> Tensor:
-        if mask is None:
-            return self.probs(logits, self.logits_act)
-        shape = logits.shape
-        logits = logits.view(-1, mask.shape[0], *shape[1:])  # (B, windows, heads, N, N)
-        return self.probs(logits, self.logits_act, mask[:, None]).view(shape)
 
 
 class QSwinBlock(nn.Module):
@@ -92,13 +98,15 @@ class QSwinBlock(nn.Module):
         self.attn_residual_act = make.norm_input(channels)
         self.norm2_act = make.act()
         self.residual_act = make.norm_input(channels)
+        link(self.attn.w_msa.qkv, self.norm1_act)
+        link(self.ffn.hidden_linear, self.norm2_act)
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H W, C) to (B, H W, C), on the grid of ``residual_act``."""
         y = self.norm1(x, linked(self), self.norm1_act)
-        x = self.attn_residual_act(self.attn(y, hw_shape) + x)
+        x = self.attn_residual_act(summed(x, linked(self), self.attn(y, hw_shape), self.attn.w_msa.proj_act))
         y = self.norm2(x, self.attn_residual_act, self.norm2_act)
-        return self.residual_act(x + self.ffn(y))
+        return self.residual_act(summed(x, self.attn_residual_act, self.ffn(y), self.ffn.out_act))
 
 
 class QPatchMerging(nn.Module):
@@ -112,6 +120,7 @@ class QPatchMerging(nn.Module):
         self.reduction = make.linear(merging.reduction)
         self.norm_act = make.act()
         self.residual_act = make.norm_input(merging.out_channels)
+        link(self.reduction, self.norm_act)
 
     def forward(self, x: Tensor, input_size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """(B, H W, C) to (B, H/2 W/2, C'), on the grid of ``residual_act``, and the new height and width."""

@@ -25,9 +25,9 @@ from .common import (
     check_ffn,
     check_norm,
     check_patch_embed,
-    product,
 )
 from .family import Family, class_path
+from .sums import product
 from .swin import QPatchMerging, QPositionedDropout
 
 __all__ = ['FAMILY', 'QPostNormMerging', 'QSwinBlockV2', 'QWindowMSAV2', 'UnitLength', 'quantize_swinv2_']

@@ -27,9 +27,9 @@ from .common import (
     check_patch_embed,
     link,
     linked,
-    product,
 )
 from .family import Family, class_path
+from .sums import product
 
 __all__ = ['FAMILY', 'QGlobalAttention', 'QLocalAttention', 'QTwinsBlock', 'quantize_twins_']
 

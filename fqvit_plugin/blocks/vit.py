@@ -15,6 +15,7 @@ from mmpretrain.models.backbones.deit3 import DeiT3TransformerEncoderLayer
 from mmpretrain.models.utils import resize_pos_embed
 from torch import Tensor, nn
 
+from ..exact import Exact
 from ..layers import QAct
 from .attention import QSelfAttention
 from .common import (
@@ -29,6 +30,7 @@ from .common import (
     linked,
 )
 from .family import Family, class_path
+from .sums import joined, layer_scaled, mean, on_grid, summed
 from .swiglu import QSwiGLU, check_swiglu, is_swiglu
 
 __all__ = [
@@ -50,13 +52,14 @@ class QMultiheadAttention(QSelfAttention):
     def __init__(self, attn: Any, make: LayerFactory) -> None:
         super().__init__(attn, attn.head_dims, make)
         self.proj = make.linear(attn.proj)
+        link(self.proj, self.context_act)
         self.proj_act = make.act()
         self.proj_drop, self.out_drop, self.gamma1 = attn.proj_drop, attn.out_drop, attn.gamma1
         self.attn_drop = nn.Dropout(attn.attn_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
-        x = self.proj_act(self.gamma1(self.proj(self.context(x))))
+        x = self.proj_act(layer_scaled(self.proj(self.context(x)), self.gamma1))
         return self.out_drop(self.proj_drop(x))
 
 
@@ -76,15 +79,18 @@ class QEncoderBlock(nn.Module):
         self.attn_residual_act = make.norm_input(channels)
         self.norm2_act = make.act()
         self.residual_act = make.norm_input(channels)
+        link(self.attn.qkv, self.norm1_act)
+        if isinstance(self.ffn, QFFN):
+            link(self.ffn.hidden_linear, self.norm2_act)
         self._second_norm = 'ln1' if isinstance(block, DeiT3TransformerEncoderLayer) else 'ln2'
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C), on the grid of ``residual_act``."""
         y = self.ln1(x, linked(self), self.norm1_act)
-        x = self.attn_residual_act(x + self.attn(y))
+        x = self.attn_residual_act(summed(x, linked(self), self.attn(y), self.attn.proj_act))
         norm = getattr(self, self._second_norm)
         y = norm(x, self.attn_residual_act, self.norm2_act)
-        return self.residual_act(x + self.ffn(y))
+        return self.residual_act(summed(x, self.attn_residual_act, self.ffn(y), self.ffn.out_act))
 
 
 class QPlainViT(BaseBackbone):
@@ -128,11 +134,11 @@ class QPlainViT(BaseBackbone):
         position = resize_pos_embed(self.pos_embed, self.patch_resolution, hw, self.interpolate_mode, extra_tokens)
         return self.pos_act(position)
 
-    def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor:
-        tokens = torch.cat((*self._prefix(len(patches)), patches), dim=1)
+    def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor | Exact:
         if self.pos_embed is None:  # BEiT: the first quantizer of the class token is residual_act
-            return tokens
-        return self.embed_act(tokens) + self._position(hw, self.num_extra_tokens)
+            return torch.cat((*self._prefix(len(patches)), patches), dim=1)
+        tokens = self.embed_act(joined(self._prefix(len(patches)), on_grid(patches, self.patch_embed.last_act)))
+        return summed(tokens, self.embed_act, self._position(hw, self.num_extra_tokens), self.pos_act)
 
     def _features(self, x: Tensor, hw: tuple[int, int], normed: bool) -> Tensor | tuple[Tensor, ...]:
         residual = self.layers[-1].residual_act
@@ -151,7 +157,8 @@ class QPlainViT(BaseBackbone):
     def _mean_features(self, x: Tensor, residual: QAct, normed: bool) -> Tensor:
         if normed:
             x = self.ln1(x, residual, self.token_act)
-        pooled = self.pooled_act(x[:, self.num_extra_tokens :].mean(dim=1))
+        token_act = self.token_act if normed else residual
+        pooled = self.pooled_act(mean(x[:, self.num_extra_tokens :], token_act, (1,)))
         return self.ln2(pooled, self.pooled_act, self.output_act)
 
 
@@ -172,9 +179,10 @@ class QDistilledVisionTransformer(QPlainViT, DistilledVisionTransformer):
 class QDeiT3(QPlainViT, DeiT3):
     """MMPretrain's DeiT3 after surgery: the class token joins after the position embedding."""
 
-    def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor:
-        tokens = self.embed_act(patches) + self._position(hw, 0)
-        return torch.cat((*self._prefix(len(patches)), tokens), dim=1)
+    def _add_position(self, patches: Tensor, hw: tuple[int, int]) -> Tensor | Exact:
+        tokens = self.embed_act(on_grid(patches, self.patch_embed.last_act))
+        positioned = summed(tokens, self.embed_act, self._position(hw, 0), self.pos_act)
+        return joined(self._prefix(len(patches)), positioned)
 
 
 #: float backbone -> its class after surgery

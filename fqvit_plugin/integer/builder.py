@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dyadic import add_rule, mean_rule, rescale
+from ..dyadic import add_rule, affine_rule, mean_rule, rescaled_
 from ..intmath import LARGEST_EXPONENT, layernorm_constants, log_int_softmax_codes
 from ..layers import QAct, QActOf, QIntLayerNorm
 from ..quantizers import UniformQuantizer
-from ..tables import TABLE_BITS, input_grid
+from ..tables import TABLE_BITS, function_table
 from .program import Grid, Op, Program
 
 __all__ = ['Builder', 'Codes', 'Sums']
@@ -44,10 +44,11 @@ class Codes:
 
 @dataclass(frozen=True)
 class Sums:
-    """A tensor of accumulators: ``x = sums * unit``, with unit () or (C,) in float64."""
+    """A tensor of accumulators: ``x = sums * prod(scales) + bias``, scales () or (C,), bias (C,) or None."""
 
     name: str
-    unit: Tensor
+    scales: tuple[Tensor, ...]
+    bias: Tensor | None = None
 
 
 def grid_of(act: QAct, name: str) -> Codes:
@@ -138,27 +139,24 @@ class Builder:
 
     def linear(self, x: Codes, layer: Any, act: QAct, factor: Tensor | None = None) -> Codes:
         """A linear layer and its output's quantizer; ``factor`` (layer scale) multiplies the output."""
-        sums, bias = self.linear_sums(x, layer)
-        factor = torch.ones((), dtype=torch.float64) if factor is None else factor.detach().double().cpu()
-        return self.affine(sums, self.grid(act), factor, bias * factor)
+        return self.affine(self.linear_sums(x, layer), self.grid(act), 1.0 if factor is None else factor)
 
-    def linear_sums(self, x: Codes, layer: Any) -> tuple[Sums, Tensor]:
-        """The accumulators of a linear layer or of a convolution on patches, and its bias in float64."""
-        scale, zero = x.single
+    def linear_sums(self, x: Codes, layer: Any) -> Sums:
+        """The accumulators of a linear layer or of a convolution on patches."""
+        _, zero = x.single
         quantizer = layer.weight_quantizer
         if quantizer.spec.bit_type.bits > 8 or int(quantizer.zero_point.abs().max()):
             raise ValueError(f'{self.path(layer)}: the integer model takes symmetric weights of at most 8 bits')
         with torch.no_grad():
             weight = quantizer.steps(layer.weight).flatten(1).to(torch.int8)
         name = self.emit('linear', [x.name], f'{self.path(layer)}.sums', {'weight': weight}, zero=zero)
-        unit = quantizer.scale.double().cpu() * scale
-        bias = torch.zeros(len(weight), dtype=torch.float64) if layer.bias is None else layer.bias.detach().double()
-        return Sums(name, unit), bias.cpu()
+        return Sums(name, (quantizer.scale, x.scale), layer.bias)
 
-    def affine(self, x: Sums, out: Codes, factor: Tensor | float = 1.0, term: Tensor | float = 0.0) -> Codes:
-        """``x * factor + term`` on the grid of ``out``, whose name the result bears."""
-        term = torch.as_tensor(term, dtype=torch.float64)
-        rule = rescale(x.unit * factor / out.scale, term / out.scale)
+    def affine(self, x: Sums, out: Codes, factor: Tensor | float = 1.0) -> Codes:
+        """``x * factor`` on the grid of ``out``, whose name the result bears."""
+        factor = factor.detach().cpu() if isinstance(factor, Tensor) else factor
+        bias = None if x.bias is None else x.bias.detach().cpu()
+        rule = affine_rule([scale.cpu() for scale in x.scales], factor, bias, out.scale)
         offset_shift = int(rule.offset_shift)
         constants = {
             'gain': rule.gain.to(torch.int32),
@@ -188,18 +186,27 @@ class Builder:
     def lookup(self, x: Codes, function: Callable[[Tensor], Tensor], act: QAct, name: str | None = None) -> Codes:
         """Any function of one code, on the grid of ``act``: a table of ``2**bits`` entries."""
         scale, zero = x.single
-        stored = torch.arange(-(2 ** (x.bits - 1)), 2 ** (x.bits - 1), dtype=torch.float64)
+        stored = torch.arange(-(2 ** (x.bits - 1)), 2 ** (x.bits - 1), device=act.scale.device)
+        return self._lookup(x, self.codes_of(function((stored - zero) * scale), act), act, name)
+
+    def _lookup(self, x: Codes, table: Tensor, act: QAct, name: str | None = None) -> Codes:
         out = grid_of(act, name or self.path(act))
-        table = self.codes_of(function((stored - zero) * scale), act)
         self.emit('lookup', [x.name], out.name, {'table': table})
         return self._codes(out)
 
-    def function(self, x: Sums, term: Tensor, act: QActOf) -> Codes:
-        """``act.function(x + term)`` on the grid of ``act``: a table of 65,536 entries over the grid it reads."""
-        step, zero = input_grid(act.function, act.quantizer)
-        scale = torch.tensor(step, dtype=torch.float64)
-        fine = Codes(f'{self.path(act)}.input', scale, torch.tensor(zero), TABLE_BITS)
-        return self.lookup(self.affine(x, fine, term=term), act.function, act)
+    def regrid(self, x: Codes, act: QAct, name: str) -> Codes:
+        """The same values on the grid of ``act``."""
+        out, (_, zero) = self.grid(act), x.single
+        steps = torch.arange(-(2 ** (x.bits - 1)), 2 ** (x.bits - 1), dtype=torch.float64) - zero
+        steps = rescaled_(steps, affine_rule([x.scale], 1.0, None, out.scale))
+        return self._lookup(x, self._stored(steps, out), act, name)
+
+    def function(self, x: Sums, act: QActOf) -> Codes:
+        """``act.function(x)`` on the grid of ``act``: a table of 65,536 entries over the grid it reads."""
+        step, zero, codes = function_table(act.function, act.quantizer)
+        fine = Codes(f'{self.path(act)}.input', torch.tensor(step), torch.tensor(zero), TABLE_BITS)
+        middle = 2 ** (act.quantizer.spec.bit_type.bits - 1) + act.quantizer.spec.bit_type.qmin
+        return self._lookup(self.affine(x, fine), (codes.cpu() - middle).to(torch.int8), act)
 
     def constant(self, x: Tensor, act: QAct, name: str) -> Codes:
         """Real values that never change, on the grid of ``act``."""
@@ -208,22 +215,25 @@ class Builder:
 
     def codes_of(self, x: Tensor, act: QAct) -> Tensor:
         """Stored codes of real values: constants and tables."""
-        out = self.grid(act)
+        with torch.no_grad():
+            return self._stored(act.quantizer.steps(x.detach()).cpu(), self.grid(act))
+
+    @staticmethod
+    def _stored(steps: Tensor, out: Codes) -> Tensor:
         limit = 2 ** (out.bits - 1)
-        steps = torch.round(x.detach().double().cpu() / out.scale) + out.zero
-        return steps.clamp(-limit, limit - 1).to(torch.int8)
+        return (steps + out.zero).clamp(-limit, limit - 1).to(torch.int8)
 
     def mean(self, x: Codes, dims: list[int], count: int, act: QAct) -> Codes:
         """The mean over ``dims``, which hold ``count`` positions, on the grid of ``act``."""
-        scale, zero = x.single
+        _, zero = x.single
         name = self.emit('mean_sums', [x.name], f'{self.path(act)}.sums', zero=zero, dims=dims)
-        return self.affine(Sums(name, torch.tensor(scale / count, dtype=torch.float64)), self.grid(act))
+        return self.affine(Sums(name, (x.scale,)), self.grid(act), 1 / count)
 
     def matmul(self, a: Codes, b: Codes, name: str) -> Sums:
         """The product of two activations."""
-        (scale_a, zero_a), (scale_b, zero_b) = a.single, b.single
+        (_, zero_a), (_, zero_b) = a.single, b.single
         self.emit('matmul', [a.name, b.name], name, zero_a=zero_a, zero_b=zero_b)
-        return Sums(name, torch.tensor(scale_a * scale_b, dtype=torch.float64))
+        return Sums(name, (a.scale, b.scale))
 
     def attend(
         self, logits: Codes, value: Codes, act: QAct, bits: int, name: str, mask: Tensor | None = None

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..blocks.common import QFFN, QLinearAct, QPatchEmbed
+from ..blocks.sums import scale_of
 from ..layers import QAct
 from .builder import Builder, Codes
 
-__all__ = ['add_ffn', 'add_head', 'add_heads', 'add_patch_embed', 'merge_heads', 'scale_of']
+__all__ = ['add_ffn', 'add_head', 'add_heads', 'add_patch_embed', 'merge_heads']
 
 
 def add_patch_embed(b: Builder, embed: QPatchEmbed, image_size: tuple[int, int]) -> tuple[Codes, tuple[int, int]]:
@@ -62,20 +63,6 @@ def merge_heads(b: Builder, x: Codes, act: QAct, tokens: int, channels: int) -> 
     return b.layout('reshape', x, b.path(act), shape=[-1, tokens, channels])
 
 
-def scale_of(layer: Any) -> Tensor | None:
-    """The weights of a layer scale, or None for the identity.
-
-    Raises:
-        ValueError: something else stands there.
-    """
-    if isinstance(layer, nn.Identity):
-        return None
-    if not isinstance(getattr(layer, 'weight', None), Tensor):
-        raise ValueError(f'{type(layer).__name__} where a layer scale was expected: not covered by the integer model')
-    weight: Tensor = layer.weight
-    return weight
-
-
 def add_ffn(b: Builder, ffn: Any, x: Codes) -> Codes:
     """The MLP, without its residual sum.
 
@@ -85,8 +72,7 @@ def add_ffn(b: Builder, ffn: Any, x: Codes) -> Codes:
     if not isinstance(ffn, QFFN):
         raise ValueError(f'{b.path(ffn)} is a {type(ffn).__name__}: not covered by the integer model')
     hidden: Any = ffn.layers[0]
-    sums, bias = b.linear_sums(x, hidden[0])
-    hidden_codes = b.function(sums, bias, ffn.hidden_act)
+    hidden_codes = b.function(b.linear_sums(x, hidden[0]), ffn.hidden_act)
     return b.linear(hidden_codes, ffn.layers[1], ffn.out_act, scale_of(ffn.gamma2))
 
 

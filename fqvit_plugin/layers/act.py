@@ -1,0 +1,134 @@
+"""QAct, a tensor's quantizer as a layer, and QActOf, a function with the quantizer of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import is_compiling
+from ..exact import Exact, reals
+from ..functional import whole_steps
+from ..intmath import by_slices
+from ..phase import Phase, QuantLayer
+from ..quantizers import UniformQuantizer, build_quantizer
+from ..scheme import QuantSpec
+from ..tables import function_table
+from .common import ACT_SPEC, parse_spec, register, versions
+
+__all__ = ['QAct', 'QActOf']
+
+
+@register
+class QAct(QuantLayer):
+    """A tensor's quantizer as a layer: the identity in float, the nearest grid point under quant.
+
+    Args:
+        spec: recipe of the tensor.
+        channels: length of ``spec.axis``, when it keeps its own scales.
+        inplace: write over the input under quant; for tensors that nobody else reads.
+    """
+
+    def __init__(
+        self,
+        spec: QuantSpec | Mapping[str, Any] = ACT_SPEC,
+        channels: int | None = None,
+        inplace: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inplace = inplace
+        self.quantizer: Any = build_quantizer(parse_spec(spec), channels)
+        self._rule: tuple[tuple[int, ...], Any] = ((), None)
+
+    @property
+    def scale(self) -> Tensor:
+        """The scale in force."""
+        return self.quantizer.scale
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether its codes are whole numbers that products and sums can be made of without rounding."""
+        spec = self.quantizer.spec
+        uniform = isinstance(self.quantizer, UniformQuantizer) and spec.axis in (None, -1)
+        return self.phase is Phase.QUANT and uniform and spec.arithmetic == 'strict' and spec.bit_type.bits <= 8
+
+    def steps_of(self, x: Exact, scale: Tensor | None = None) -> Tensor:
+        """Whole steps of its grid, or of ``scale``, that the integer rules give; not saturated."""
+        scale = self.scale if scale is None else scale
+        if is_compiling():
+            return x.steps(x.rule(scale))
+        key = versions(scale, *x.sources)
+        if self._rule[0] != key:
+            self._rule = (key, x.rule(scale))
+        return x.steps(self._rule[1])
+
+    def forward(self, x: Tensor | Exact) -> Tensor:
+        """Same shape out as in."""
+        if isinstance(x, Exact):
+            if self.is_exact:
+                return self.quantizer.from_steps_(self.steps_of(x))
+            x = x.value()
+        return self.quantized(x, self.quantizer, self.inplace)
+
+
+class QActOf(QAct):
+    """A function of one value and the quantizer of its result, as one layer.
+
+    Under strict quant it is a table over a 16-bit grid, as integer arithmetic has it; see :mod:`fqvit_plugin.tables`.
+
+    Args:
+        function: GELU, for instance; it belongs to somebody else.
+    """
+
+    table: Tensor | None
+
+    def __init__(self, function: nn.Module, spec: QuantSpec | Mapping[str, Any] = ACT_SPEC) -> None:
+        super().__init__(spec, inplace=True)
+        self._function = (function,)  # in a tuple: no submodule, it keeps its place in the float model
+        self.register_buffer('table', None, persistent=False)  #: codes in force, as reals
+        self.register_buffer('table_step', None, persistent=False)
+        self.table_zero = 0
+        self._frozen_at: tuple[int, ...] = ()
+
+    @property
+    def function(self) -> nn.Module:
+        """What is quantized by this layer."""
+        return self._function[0]
+
+    def freeze(self) -> None:
+        """Make the table."""
+        self.thaw()
+        spec = self.quantizer.spec
+        if spec.arithmetic == 'strict' and isinstance(self.quantizer, UniformQuantizer) and spec.axis is None:
+            with suppress(ValueError):  # a function that has no table; the integer model refuses it
+                step, self.table_zero, codes = function_table(self.function, self.quantizer)
+                self.table = (codes - self.quantizer.zero_point).float() * self.scale
+                self.table_step = torch.tensor(step, device=self.scale.device)
+        self._frozen_at = versions(*self._quantizer_buffers())
+
+    def thaw(self) -> None:
+        """Forget it."""
+        self.table = self.table_step = None
+        self._frozen_at = ()
+
+    def _quantizer_buffers(self) -> tuple[Tensor, ...]:
+        return tuple(self.quantizer.buffers())
+
+    def forward(self, x: Tensor | Exact) -> Tensor:
+        """Same shape out as in; may overwrite ``x`` under quant."""
+        quant = self.phase is Phase.QUANT
+        if quant and not is_compiling() and self._frozen_at != versions(*self._quantizer_buffers()):
+            self.freeze()
+        if not quant or self.table is None:
+            return self.quantized(self.function(reals(x)), self.quantizer, self.inplace)
+        steps = self.steps_of(x, self.table_step) if isinstance(x, Exact) else whole_steps(x.float(), self.table_step)
+        return by_slices(self._read, steps, out=steps)
+
+    def _read(self, steps: Tensor) -> Tensor:
+        assert self.table is not None
+        first = -(len(self.table) // 2) - self.table_zero
+        index = steps.sub_(first).clamp_(0, len(self.table) - 1).int()
+        return self.table.index_select(0, index.flatten()).view(index.shape)

@@ -1,0 +1,192 @@
+"""QLinear and QConv2d: layers with a quantized weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._torch import is_compiling
+from ..exact import Sums
+from ..functional import align, whole_steps
+from ..phase import Phase, QuantLayer, full_precision
+from ..quantizers import UniformQuantizer, build_quantizer
+from ..scheme import QuantSpec
+from .act import QAct
+from .common import WEIGHT_SPEC, parse_spec, register, versions
+
+__all__ = ['QConv2d', 'QLinear']
+
+
+class _QWeightLayer(QuantLayer):
+    """A layer whose weight is quantized (abstract); the bias stays float, as in the paper.
+
+    Under quant the weight is quantized once and kept as integers, a quarter of its size at 8 bits.
+    """
+
+    weight: Any  # declared by the float layer
+    weight_quantizer: Any
+    weight_steps: Tensor | None  #: the frozen weight in whole steps of its scale
+
+    def _init_weight_quantizer(self, spec: QuantSpec | Mapping[str, Any]) -> None:
+        parsed = parse_spec(spec)
+        channels = None if parsed.axis is None else self.weight.shape[parsed.axis]
+        self.weight_quantizer = build_quantizer(parsed, channels)
+        self.weight_quantizer.to(self.weight.device)
+        self.register_buffer('weight_steps', None, persistent=False)
+        self._frozen_at: tuple[int, ...] = ()
+        self._pieces = 1  #: parts of a row of the weight whose exact products float32 holds
+
+    def freeze(self) -> None:
+        """Quantize the weight now, for all forward passes under quant until weight or scale change."""
+        if not isinstance(self.weight_quantizer, UniformQuantizer):
+            return  # a quantizer of somebody else's, which may have no integers
+        with torch.no_grad():
+            steps = self.weight_quantizer.steps(self.weight)
+        largest = steps.abs().max()
+        narrowest = next(t for t in (torch.int8, torch.int16, torch.int32) if largest <= torch.iinfo(t).max)
+        self.weight_steps = steps.to(narrowest)
+        self._pieces = _pieces(steps.flatten(1))
+        self._frozen_at = self._state_of_weight()
+
+    def thaw(self) -> None:
+        """Forget the frozen weight."""
+        self.weight_steps, self._frozen_at = None, ()
+
+    def _state_of_weight(self) -> tuple[int, ...]:
+        return versions(self.weight, self.weight_quantizer.scale, self.weight_quantizer.zero_point)
+
+    def _refreeze(self) -> None:
+        # Compiled code cannot ask for versions; whoever changes weights of a compiled model calls quant again.
+        if not is_compiling() and self._frozen_at != self._state_of_weight():
+            self.freeze()
+
+    def _exact_input(self) -> QAct | None:
+        """What quantized the input, where the layer was told and its accumulators can be whole numbers."""
+        act: QAct | None = getattr(self, '_input_act', (None,))[0]
+        exact = self.phase is Phase.QUANT and act is not None and act.is_exact and act.scale.ndim == 0
+        quantizer = self.weight_quantizer
+        if not exact or not isinstance(quantizer, UniformQuantizer) or quantizer.spec.bit_type.bits > 8:
+            return None
+        return act if quantizer.spec.arithmetic == 'strict' and quantizer.spec.bit_type.signed else None
+
+    def _sums(self, x: Tensor, act: QAct, product: Callable[[Tensor, Tensor], Tensor], bias: Tensor | None) -> Sums:
+        """The accumulators of ``product(steps of x, steps of the weight)``."""
+        self._refreeze()
+        assert self.weight_steps is not None
+        with full_precision(x):
+            sums = product(whole_steps(x, act.scale), self.weight_steps.float())
+        return Sums(sums, (self.weight_quantizer.scale, act.scale), bias=bias)
+
+    def _quantized_weight(self) -> Tensor:
+        self._refreeze()
+        if self.weight_steps is None:
+            return self.weight_quantizer(self.weight)
+        scale = align(self.weight_quantizer.scale, self.weight, self.weight_quantizer.spec.axis)
+        return self.weight_steps.to(scale.dtype).mul_(scale)
+
+    def _precision(self, x: Tensor) -> AbstractContextManager:
+        return full_precision(x) if self.phase is Phase.QUANT else nullcontext()
+
+    def weight_in_phase(self) -> Tensor:
+        """The weight as this phase wants it; the one and only observation happens in the last calibration pass."""
+        if self.phase is Phase.QUANT:
+            return self._quantized_weight()
+        if self.phase is Phase.LAST_CALIBRATE and not self.weight_quantizer.is_taken:
+            self.weight_quantizer.observe(self.weight)
+            self.weight_quantizer.take_qparams(self.weight)
+        return self.weight
+
+
+@register
+class QConv2d(_QWeightLayer, nn.Conv2d):
+    """2-D convolution with a quantized weight; arguments as ``nn.Conv2d``'s, and ``spec`` for the weight."""
+
+    def __init__(self, *args: Any, spec: QuantSpec | Mapping[str, Any] = WEIGHT_SPEC, **kwargs: Any) -> None:
+        nn.Conv2d.__init__(self, *args, **kwargs)
+        self._init_weight_quantizer(spec)
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, spec: QuantSpec) -> QConv2d:
+        """The quantized twin of ``conv``, on the same parameters."""
+        twin = cls(
+            conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation,
+            conv.groups, conv.bias is not None, conv.padding_mode, device='meta', spec=spec,
+        )  # fmt: skip
+        return _adopt(twin, conv)
+
+    def forward(self, x: Tensor) -> Any:
+        """(B, C_in, H, W) to (B, C_out, H', W').
+
+        Under strict quant a layer that was linked to the quantizer of its input gives accumulators
+        (:class:`~fqvit_plugin.exact.Sums`) of (B, H', W', C_out), for the quantizer that follows.
+        """
+        if (act := self._exact_input()) is not None:
+            return self._sums(x, act, self._products, self.bias).view(lambda sums: sums.movedim(1, -1))
+        with self._precision(x):
+            return self._conv_forward(x, self.weight_in_phase(), self.bias)
+
+    def _products(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._pieces > 1:
+            return self._conv_forward(x.double(), weight.double(), None)
+        return self._conv_forward(x, weight, None)
+
+
+@register
+class QLinear(_QWeightLayer, nn.Linear):
+    """Linear layer with a quantized weight; arguments as ``nn.Linear``'s, and ``spec`` for the weight."""
+
+    def __init__(self, *args: Any, spec: QuantSpec | Mapping[str, Any] = WEIGHT_SPEC, **kwargs: Any) -> None:
+        nn.Linear.__init__(self, *args, **kwargs)
+        self._init_weight_quantizer(spec)
+
+    @classmethod
+    def from_float(cls, linear: nn.Linear, spec: QuantSpec) -> QLinear:
+        """The quantized twin of ``linear``, on the same parameters."""
+        bias = linear.bias is not None
+        twin = cls(linear.in_features, linear.out_features, bias, device='meta', spec=spec)
+        return _adopt(twin, linear)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Any:
+        """(…, C_in) to (…, C_out); ``bias`` stands in for the layer's own, where it is a parameter of the block.
+
+        Under strict quant a layer that was linked to the quantizer of its input gives accumulators
+        (:class:`~fqvit_plugin.exact.Sums`), for the quantizer that follows.
+        """
+        bias = self.bias if bias is None else bias
+        if (act := self._exact_input()) is not None:
+            return self._sums(x, act, self._products, bias)
+        with self._precision(x):
+            return F.linear(x, self.weight_in_phase(), bias)
+
+    def _products(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self._pieces == 1:
+            return F.linear(x, weight)
+        size = -(-weight.shape[1] // self._pieces)
+        parts = zip(x.split(size, -1), weight.split(size, -1), strict=True)
+        return torch.stack([F.linear(*part).double() for part in parts]).sum(0)
+
+
+def _pieces(weight: Tensor) -> int:
+    """Into how many parts to cut rows of whole steps (O, I), so that no sum of a part's products reaches 2**24.
+
+    The other operand has 8 bits and a zero point: up to 255 steps.
+    """
+    limit, pieces = 2.0**24 / 255, 1
+    while pieces < weight.shape[1]:
+        size = -(-weight.shape[1] // pieces)
+        if all(part.abs().sum(1).max() < limit for part in weight.split(size, 1)):
+            break
+        pieces += 1
+    return pieces
+
+
+def _adopt(twin: Any, original: nn.Module) -> Any:
+    """Give ``twin`` the parameters and the mode of ``original``; its quantizer moves to their device."""
+    twin.weight, twin.bias = original.weight, original.bias
+    twin._init_weight_quantizer(twin.weight_quantizer.spec)
+    return twin.train(original.training)
