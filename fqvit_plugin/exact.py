@@ -43,11 +43,6 @@ class Exact(ABC):
         """The same in reals, float32: for a quantizer that knows no integer rule."""
 
 
-def reals(x: Tensor | Exact) -> Tensor:
-    """``x`` in reals."""
-    return x.value() if isinstance(x, Exact) else x
-
-
 @dataclass(frozen=True, eq=False)
 class Sums(Exact):
     """Accumulators: ``x = sums * prod(scales) * factor + bias * factor``.
@@ -125,8 +120,8 @@ class Sum(Exact):
 
 
 @dataclass(frozen=True, eq=False)
-class Powers(Exact):
-    """Probabilities of Log-Int-Softmax, ``2**-k`` over their row's sum.
+class Powers:
+    """Probabilities of Log-Int-Softmax, ``2**-k`` over their row's sum; on their grid already.
 
     Args:
         powers: (…, N, T), ``2**-k`` with k up to 15, or 0.
@@ -140,21 +135,6 @@ class Powers(Exact):
         high = torch.threshold(self.powers, 2.0**-7.5, 0.0)  # eight powers each, as two int8 products have them
         sums = (high @ v_steps).double().add_(self.powers.sub_(high) @ v_steps)
         return Attended(sums, total.double(), v_scale)
-
-    @property
-    def sources(self) -> tuple[Tensor, ...]:
-        """Nothing."""
-        return ()
-
-    def rule(self, scale: Tensor) -> Any:
-        """There is none.
-
-        Raises:
-            TypeError: always; probabilities go to :meth:`times`.
-        """
-        raise TypeError('probabilities of Log-Int-Softmax are on their grid already')
-
-    steps = rule
 
     def value(self) -> Tensor:
         """Rows that sum to 1."""
@@ -225,3 +205,8 @@ class Joined(Exact):
     def value(self) -> Tensor:
         """In reals."""
         return torch.cat((self.first, self.rest.value()), dim=1)
+
+
+def reals(x: Tensor | Exact | Powers) -> Tensor:
+    """``x`` in reals."""
+    return x if isinstance(x, Tensor) else x.value()

@@ -211,22 +211,16 @@ def simulated_codes(model, integer, x):
     return found, logits
 
 
-def test_codes_are_those_of_the_simulation_on_the_same_inputs(pair):
+def test_codes_and_logits_are_those_of_the_simulation(pair):
     model, integer, x = pair
     simulated, logits = simulated_codes(model, integer, x)
-    count = differ = compared = 0
+    compared = 0
     for op, tensor in integer.steps(x):
-        if op.output not in simulated:
-            continue
-        compared += 1
-        gap = (simulated[op.output].flatten() - tensor.flatten()).abs()
-        count, differ = count + gap.numel(), differ + int(gap.count_nonzero())
-        assert gap.max() <= 1, op.output
-        tensor.copy_(simulated[op.output].view_as(tensor))  # so that the next layer starts from the same codes
+        if op.output in simulated:
+            compared += 1
+            assert torch.equal(simulated[op.output].flatten().to(tensor.dtype), tensor.flatten()), op.output
     assert compared > 15
-    # float32 accumulators against exact ones, where a value falls between two codes; padding repeats such values
-    assert differ <= 1e-4 * count
-    assert (integer(x).argmax(1) == logits.argmax(1)).all()
+    assert torch.equal(integer(x), logits)
 
 
 def test_another_image_size_is_refused(pair):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import CalibrationSet, forward_of
+from ..exact import Exact, Powers, reals
 from ..layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from ..lifecycle import dequant, forward_images, phase_of, quant
 from ..phase import Phase
@@ -230,14 +231,14 @@ class _Collector:
         error = (expected - found.double()).square().sum()
         self.drift[module] = (signal + float(expected.square().sum()), noise + float(error))
 
-    def _sample(self, x: Tensor) -> Tensor:
+    def _sample(self, x: Tensor | Exact | Powers) -> Tensor:
         """``SAMPLES`` values of ``x``, the same ones of every tensor of its size; all where it has fewer."""
-        flat = x.detach().reshape(-1)
+        flat = reals(x).detach().reshape(-1)
         if len(flat) <= SAMPLES:
             return flat.float().clone()
         if len(flat) not in self._chosen:
             generator = torch.Generator().manual_seed(len(flat))
-            self._chosen[len(flat)] = torch.randint(len(flat), (SAMPLES,), generator=generator).to(x.device)
+            self._chosen[len(flat)] = torch.randint(len(flat), (SAMPLES,), generator=generator).to(flat.device)
         return flat[self._chosen[len(flat)]].float()
 
     @contextmanager
@@ -254,7 +255,5 @@ class _Collector:
             self._measuring = False
 
 
-def _softmax_arguments(
-    logits: Tensor, in_act: QAct, mask: Tensor | None = None
-) -> tuple[Tensor, QAct, Tensor | None]:
+def _softmax_arguments(logits: Any, in_act: QAct, mask: Tensor | None = None) -> tuple[Any, QAct, Tensor | None]:
     return logits, in_act, mask

@@ -177,11 +177,10 @@ class QFFN(nn.Module):
         # by index, not unpacked: Dynamo of torch 2.1 cannot unpack a Sequential; the activation is part of hidden_act
         x = hidden[2](self.hidden_act(hidden[0](x)))  # (B, N, 4C)
         # Layer scale comes before the quantizer: it is a per-channel factor of the accumulator.
-        x = layer_scaled(self.layers[1](x), self.gamma2)
+        out: Any = layer_scaled(self.layers[1](x), self.gamma2)
         if scale is not None:
-            x = x.times(scale) if isinstance(x, Sums) else scale * x
-        x = self.out_act(x)
-        return self.dropout_layer(self.layers[2](x))
+            out = out.times(scale) if isinstance(out, Sums) else scale * out
+        return self.dropout_layer(self.layers[2](self.out_act(out)))
 
 
 def adaptive_padding_of(patches: Any) -> Any:
@@ -221,13 +220,13 @@ class QPatchEmbed(nn.Module):
         x = self.input_act(x)
         if self.adaptive_padding is not None:
             x = self.adaptive_padding(x)
-        x = self.projection(x)
-        if isinstance(x, Sums):  # (B, H', W', C)
-            out_size = (x.sums.shape[1], x.sums.shape[2])
-            x = self.patch_act(x.view(lambda sums: sums.flatten(1, 2)))
+        patches: Any = self.projection(x)
+        if isinstance(patches, Sums):  # (B, H', W', C)
+            out_size = (patches.sums.shape[1], patches.sums.shape[2])
+            x = self.patch_act(patches.view(lambda sums: sums.flatten(1, 2)))
         else:
-            out_size = (x.shape[2], x.shape[3])
-            x = self.patch_act(x.flatten(2).transpose(1, 2))
+            out_size = (patches.shape[2], patches.shape[3])
+            x = self.patch_act(patches.flatten(2).transpose(1, 2))
         if self.norm is not None and self.norm_act is not None:
             x = self.norm(x, self.patch_act, self.norm_act)
         return x, out_size

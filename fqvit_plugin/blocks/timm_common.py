@@ -11,8 +11,10 @@ from typing import Any
 from timm.layers import Mlp, PatchEmbed
 from torch import Tensor, nn
 
+from ..exact import Exact
 from ..layers import QAct, QConv2d
 from .common import LayerFactory, QLinearAct, QNormAct, check_norm, link, linked
+from .sums import layer_scaled, summed
 
 __all__ = [
     'QConv2dAct',
@@ -25,6 +27,7 @@ __all__ = [
     'check_optional_norm',
     'check_patch_embed',
     'classifier_twin',
+    'grid_after',
     'norm_twin',
     'quantize_block_',
     'quantize_mlp_',
@@ -46,7 +49,10 @@ class QConv2dAct(QConv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) to (B, C_out, H', W'), quantized."""
-        return self.out_act(super().forward(x))
+        x = super().forward(x)
+        if not isinstance(x, Exact):
+            x = x.movedim(1, -1)
+        return self.out_act(x).movedim(-1, 1)
 
 
 class QTimmPatchEmbed(PatchEmbed):
@@ -63,6 +69,8 @@ def quantize_patch_embed_(embed: Any, make: LayerFactory) -> QAct:
     """Quantize a PatchEmbed in place; gives the quantizer whose grid its tokens are on."""
     embed.input_act = make.act_of_shared() if make.scheme.input_quant else nn.Identity()
     embed.proj = QConv2dAct.wrap(embed.proj, make)
+    if isinstance(embed.input_act, QAct):
+        link(embed.proj, embed.input_act)
     embed.norm = norm_twin(embed.norm, embed.proj.out_act, make)
     embed.__class__ = QTimmPatchEmbed
     return embed.norm.out_act if isinstance(embed.norm, QNormAct) else embed.proj.out_act
@@ -77,8 +85,8 @@ class QTimmMlp(Mlp):
     def forward(self, x: Tensor, layer_scale: nn.Module | None = None) -> Tensor:
         """(…, C) to (…, C), on the grid of ``out_act``."""
         x = self.norm(self.drop1(self.hidden_act(self.fc1(x))))  # (…, 4C)
-        x = self.drop2(self.fc2(x))
-        return self.out_act(x if layer_scale is None else layer_scale(x))
+        x = self.fc2(x)
+        return self.drop2(self.out_act(x if layer_scale is None else layer_scaled(x, layer_scale)))
 
 
 def quantize_mlp_(mlp: Any, make: LayerFactory) -> None:
@@ -86,6 +94,7 @@ def quantize_mlp_(mlp: Any, make: LayerFactory) -> None:
     mlp.fc1, mlp.fc2 = make.linear(mlp.fc1), make.linear(mlp.fc2)
     mlp.hidden_act, mlp.out_act = make.act_of(mlp.act), make.act()
     mlp.norm = norm_twin(mlp.norm, mlp.hidden_act, make)
+    link(mlp.fc2, grid_after(mlp.norm, mlp.hidden_act))
     mlp.__class__ = QTimmMlp
 
 
@@ -95,6 +104,7 @@ class QTimmPreNorm:
     :func:`~fqvit_plugin.blocks.common.link` tells it what quantized its input.
     """
 
+    attn: Any
     norm1: Any
     norm1_act: QAct
     drop_path1: Any
@@ -112,9 +122,11 @@ class QTimmPreNorm:
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) or (B, H, W, C) to the same, on the grid of ``residual_act``."""
         y = self.norm1(x, linked(self), self.norm1_act)
-        x = self.attn_residual_act(x + self.drop_path1(self.attention(y)))
+        y = self.drop_path1(self.attention(y))
+        x = self.attn_residual_act(summed(x, linked(self), y, self.attn.proj_act))
         y = self.norm2(x, self.attn_residual_act, self.norm2_act)
-        return self.residual_act(x + self.drop_path2(self.mlp(y, getattr(self, 'ls2', None))))
+        y = self.drop_path2(self.mlp(y, getattr(self, 'ls2', None)))
+        return self.residual_act(summed(x, self.attn_residual_act, y, self.mlp.out_act))
 
 
 def quantize_block_(block: Any, twin: type, attn: nn.Module, previous: QAct, make: LayerFactory) -> QAct:
@@ -131,6 +143,8 @@ def quantize_block_(block: Any, twin: type, attn: nn.Module, previous: QAct, mak
     block.attn_residual_act, block.residual_act = make.norm_input(channels), make.norm_input(channels)
     block.__class__ = twin
     link(block, previous)
+    link(block.attn.qkv, block.norm1_act)
+    link(block.mlp.fc1, block.norm2_act)
     residual: QAct = block.residual_act
     return residual
 
@@ -140,9 +154,18 @@ def norm_twin(norm: nn.Module, input_act: QAct, make: LayerFactory, tile: int = 
     return QNormAct.wrap(norm, input_act, make, tile) if isinstance(norm, nn.LayerNorm) else norm
 
 
-def classifier_twin(head: nn.Module, make: LayerFactory) -> nn.Module:
-    """The twin of a linear classifier; Identity, timm's absent classifier, stays."""
-    return QLinearAct.wrap(head, make) if isinstance(head, nn.Linear) else head
+def grid_after(norm: nn.Module, act: Any) -> Any:
+    """The quantizer after ``norm``, where there is one; ``act``, the one before, where ``norm`` is Identity."""
+    return norm.out_act if isinstance(norm, QNormAct) else act
+
+
+def classifier_twin(head: nn.Module, make: LayerFactory, input_act: QAct | None) -> nn.Module:
+    """The twin of a linear classifier that reads what ``input_act`` quantized; Identity, timm's absent one, stays."""
+    if not isinstance(head, nn.Linear):
+        return head
+    twin = QLinearAct.wrap(head, make)
+    link(twin, input_act)
+    return twin
 
 
 def check_exactly(module: Any, expected: type, path: str) -> None:

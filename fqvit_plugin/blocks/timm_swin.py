@@ -17,8 +17,9 @@ from timm.models.swin_transformer import (
 from torch import Tensor, nn
 
 from ..layers import QAct
-from .common import LayerFactory, QLinearAct, check_norm
+from .common import LayerFactory, QLinearAct, check_norm, link, linked
 from .family import Family, class_path
+from .sums import mean
 from .swin import QWindowMSA
 from .timm_common import (
     QTimmPreNorm,
@@ -27,6 +28,7 @@ from .timm_common import (
     check_head,
     check_patch_embed,
     classifier_twin,
+    grid_after,
     norm_twin,
     quantize_block_,
     quantize_patch_embed_,
@@ -50,6 +52,8 @@ class QTimmPooling(SelectAdaptivePool2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H, W, C) to (B, C)."""
+        if self.pool_type == 'avg' and x.ndim == 4 and linked(self).is_exact:
+            return self.out_act(mean(x, linked(self), (1, 2)))
         return self.out_act(super().forward(x))
 
 
@@ -83,6 +87,7 @@ def quantize_timm_swin_(model: Any, make: LayerFactory) -> None:
             merging.norm = norm_twin(merging.norm, previous, make, tile=4)  # four neighbours, one after the other
             previous = make.norm_input(merging.out_dim)
             merging.reduction = QLinearAct.wrap(merging.reduction, make, previous)
+            link(merging.reduction, grid_after(merging.norm, None))
         for block in stage.blocks:
             previous = quantize_block_(block, QTimmSwinBlock, QWindowMSA(block.attn, make), previous, make)
     model.norm = norm_twin(model.norm, previous, make)
@@ -90,7 +95,8 @@ def quantize_timm_swin_(model: Any, make: LayerFactory) -> None:
     if pool.pool_type:
         pool.out_act = make.act()
         pool.__class__ = QTimmPooling
-    model.head.fc = classifier_twin(model.head.fc, make)
+        link(pool, grid_after(model.norm, previous))
+    model.head.fc = classifier_twin(model.head.fc, make, getattr(pool, 'out_act', None))
 
 
 FAMILY = Family(

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
+from ..exact import Exact
 from ..layers import QAct
 from .attention import QSelfAttention
-from .common import LayerFactory, QNormAct
+from .common import LayerFactory, QNormAct, link, linked
 from .family import Family, class_path
+from .sums import joined, layer_scaled, mean, on_grid, summed
 from .timm_common import (
     QTimmPreNorm,
     check_block_parts,
@@ -25,6 +26,7 @@ from .timm_common import (
     check_optional_norm,
     check_patch_embed,
     classifier_twin,
+    grid_after,
     norm_twin,
     quantize_block_,
     quantize_patch_embed_,
@@ -44,6 +46,11 @@ class QTimmAttention(QSelfAttention):
         self.norm = norm_twin(_context_norm(attn), self.context_act, make)
         self.proj = make.linear(attn.proj)
         self.proj_act = make.act()
+        link(self.proj, grid_after(self.norm, self.context_act))
+
+    def query_and_key_acts(self) -> tuple[QAct, QAct]:
+        """The quantizers of queries and keys."""
+        return grid_after(self.q_norm, self.qkv_act), grid_after(self.k_norm, self.qkv_act)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) to query, key and value, (B, heads, N, D) each."""
@@ -52,7 +59,8 @@ class QTimmAttention(QSelfAttention):
 
     def forward(self, x: Tensor, layer_scale: nn.Module) -> Tensor:
         """(B, N, C) to (B, N, C); layer scale, which timm's block applies, comes before the last quantizer."""
-        return self.proj_act(layer_scale(self.proj_drop(self.proj(self.norm(self.context(x))))))
+        x = self.proj(self.norm(self.context(x)))
+        return self.proj_drop(self.proj_act(layer_scaled(x, layer_scale)))
 
 
 def _context_norm(attn: Any) -> nn.Module:
@@ -117,22 +125,26 @@ class QTimmVisionTransformer(VisionTransformer):
         position, prefix = self._position(x), self._prefix(len(x))
         x = x.flatten(1, -2)  # (B, H', W', C) of a dynamic image size to (B, N, C)
         if self.no_embed_class:
-            x = torch.cat((*prefix, self.embed_act(x) + position), dim=1)
+            tokens = self.embed_act(on_grid(x, linked(self.embed_act)))
+            positioned = joined(prefix, summed(tokens, self.embed_act, position, self.pos_act))
         else:
-            x = self.embed_act(torch.cat((*prefix, x), dim=1)) + position
-        return self.pos_drop(self.residual_act(x))
+            tokens = self.embed_act(joined(prefix, on_grid(x, linked(self.embed_act))))
+            positioned = summed(tokens, self.embed_act, position, self.pos_act)
+        return self.pos_drop(self.residual_act(positioned))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, C) to logits, or to what the classifier reads."""
         x = self.head_drop(self.fc_norm(self.pooled_act(self._pool(x))))
         return x if pre_logits else self.head(x)
 
-    def _pool(self, x: Tensor) -> Tensor:
+    def _pool(self, x: Tensor) -> Tensor | Exact:
         if self.global_pool == 'token':
             return x[:, 0]
         if not self.global_pool:
             return x
         first = 0 if getattr(self, 'pool_include_prefix', False) else self.num_prefix_tokens
+        if self.global_pool == 'avg':
+            return mean(x[:, first:], grid_after(self.norm, None), (1,))
         return _POOLINGS[self.global_pool](x[:, first:])
 
 
@@ -202,8 +214,9 @@ def _check_attention(attn: Any, path: str) -> None:
 
 def quantize_timm_vit_(model: Any, make: LayerFactory) -> None:
     """Put quantized twins into a ViT that passed :func:`check_timm_vit`, in place."""
-    quantize_patch_embed_(model.patch_embed, make)
+    patch_act = quantize_patch_embed_(model.patch_embed, make)
     model.embed_act, model.pos_act = make.act(), make.act_of_shared()
+    link(model.embed_act, patch_act)
     model.residual_act = make.norm_input(model.embed_dim)
     previous = model.residual_act
     for block in model.blocks:
@@ -213,9 +226,11 @@ def quantize_timm_vit_(model: Any, make: LayerFactory) -> None:
     model.pooled_act = make.act() if model.global_pool in _POOLINGS or not normed else nn.Identity()
     pooled = model.pooled_act if isinstance(model.pooled_act, QAct) else previous
     model.fc_norm = norm_twin(model.fc_norm, pooled, make)
+    feature_act = grid_after(model.norm, None) if isinstance(model.pooled_act, nn.Identity) else pooled
+    feature_act = grid_after(model.fc_norm, feature_act)
     for head in ('head', 'head_dist'):
         if hasattr(model, head):
-            setattr(model, head, classifier_twin(getattr(model, head), make))
+            setattr(model, head, classifier_twin(getattr(model, head), make, feature_act))
     model.__class__ = TWINS[type(model)]
 
 

@@ -84,6 +84,7 @@ class QActOf(QAct):
     """
 
     table: Tensor | None
+    table_step: Any
 
     def __init__(self, function: nn.Module, spec: QuantSpec | Mapping[str, Any] = ACT_SPEC) -> None:
         super().__init__(spec, inplace=True)
@@ -111,7 +112,7 @@ class QActOf(QAct):
 
     def thaw(self) -> None:
         """Forget it."""
-        self.table = self.table_step = None
+        self.table, self.table_step = None, None
         self._frozen_at = ()
 
     def _quantizer_buffers(self) -> tuple[Tensor, ...]:
