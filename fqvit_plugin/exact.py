@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dyadic import add_rule, added, affine_rule, mean_rule, rescaled_, weighted_mean
-from .functional import whole_steps
-from .intmath import LARGEST_EXPONENT
+from . import fused
+from .dyadic import add_rule, affine_rule, mean_rule
 
 __all__ = ['Attended', 'Exact', 'Joined', 'Powers', 'Sum', 'Sums', 'reals']
 
@@ -27,16 +26,21 @@ class Exact(ABC):
 
     @property
     @abstractmethod
+    def channels(self) -> int:
+        """Size of the last axis of what :meth:`laid` finishes."""
+
+    @property
+    @abstractmethod
     def sources(self) -> tuple[Tensor, ...]:
         """The parameters that :meth:`rule` reads."""
 
     @abstractmethod
     def rule(self, scale: Tensor) -> Any:
-        """The integer constants that lead to a grid of step ``scale``, () or (C,)."""
+        """The constants that lead to a grid of step ``scale``, () or (C,)."""
 
     @abstractmethod
-    def steps(self, rule: Any) -> Tensor:
-        """Whole steps of that grid, float32, not yet saturated."""
+    def laid(self, rule: Any, finish: Any) -> Tensor:
+        """On that grid, or through a table, as ``finish`` says (:class:`~fqvit_plugin.fused.ToGrid`); float32."""
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -68,17 +72,22 @@ class Sums(Exact):
         return replace(self, sums=change(self.sums))
 
     @property
+    def channels(self) -> int:
+        """C."""
+        return self.sums.shape[-1]
+
+    @property
     def sources(self) -> tuple[Tensor, ...]:
         """What :meth:`rule` reads."""
         return tuple(t for t in (*self.scales, self.factor, self.bias) if isinstance(t, Tensor))
 
     def rule(self, scale: Tensor) -> Any:
         """See :func:`~fqvit_plugin.dyadic.affine_rule`."""
-        return affine_rule(self.scales, self.factor, self.bias, scale)
+        return fused.Affine.of(affine_rule(self.scales, self.factor, self.bias, scale), self.channels)
 
-    def steps(self, rule: Any) -> Tensor:
-        """Overwrites ``sums``."""
-        return rescaled_(self.sums, rule)
+    def laid(self, rule: Any, finish: Any) -> Tensor:
+        """May overwrite ``sums``."""
+        return fused.affine(self.sums, rule, finish)
 
     def value(self) -> Tensor:
         """In reals."""
@@ -102,17 +111,23 @@ class Sum(Exact):
     scale_b: Tensor
 
     @property
+    def channels(self) -> int:
+        """C."""
+        return self.a.shape[-1]
+
+    @property
     def sources(self) -> tuple[Tensor, ...]:
         """What :meth:`rule` reads."""
         return self.scale_a, self.scale_b
 
     def rule(self, scale: Tensor) -> Any:
         """See :func:`~fqvit_plugin.dyadic.add_rule`."""
-        return add_rule(self.scale_a, self.scale_b, scale)
+        rule = add_rule(self.scale_a, self.scale_b, scale)
+        return fused.Add.of(rule, self.scale_a, self.scale_b, self.channels)
 
-    def steps(self, rule: Any) -> Tensor:
+    def laid(self, rule: Any, finish: Any) -> Tensor:
         """A new tensor."""
-        return added(self.a, self.scale_a, self.b, self.scale_b, rule)
+        return fused.add(self.a, self.b, rule, finish)
 
     def value(self) -> Tensor:
         """In reals."""
@@ -121,41 +136,54 @@ class Sum(Exact):
 
 @dataclass(frozen=True, eq=False)
 class Powers:
-    """Probabilities of Log-Int-Softmax, ``2**-k`` over their row's sum; on their grid already.
+    """Probabilities of Log-Int-Softmax, powers of two over their row's sum; on their grid already.
+
+    Two products of eight powers each fit float32 as they fit int8.
 
     Args:
-        powers: (…, N, T), ``2**-k`` with k up to 15, or 0.
+        high: (…, N, T), ``2**-k`` with k up to 7, or 0.
+        low: the same with k from 8 to 15.
+        total: (…, N, 1), the row's sum of both.
     """
 
-    powers: Tensor
+    high: Tensor
+    low: Tensor
+    total: Tensor
 
-    def times(self, v_steps: Tensor, v_scale: Tensor) -> Attended:
-        """The product with values of (…, T, D) whole steps of ``v_scale`` ()."""
-        total = self.powers.sum(dim=-1, keepdim=True)  # exact up to 512 tokens, as are both products
-        high = torch.threshold(self.powers, 2.0**-7.5, 0.0)  # eight powers each, as two int8 products have them
-        sums = (high @ v_steps).double().add_(self.powers.sub_(high) @ v_steps)
-        return Attended(sums, total.double(), v_scale)
+    def view(self, *lead: int) -> Powers:
+        """With other axes before the last."""
+        return Powers(*(t.view(*lead, t.shape[-1]) for t in (self.high, self.low, self.total)))
+
+    def times(self, v_steps: Tensor, v_scale: Tensor, merge: Callable[[Tensor], Tensor]) -> Attended:
+        """The product with values of (…, T, D) whole steps of ``v_scale`` (); ``merge`` makes its layout."""
+        return Attended(self.high @ v_steps, self.low @ v_steps, self.total, v_scale, merge)
 
     def value(self) -> Tensor:
         """Rows that sum to 1."""
-        return self.powers / self.powers.sum(dim=-1, keepdim=True)
+        return (self.high + self.low) / self.total
 
 
 @dataclass(frozen=True, eq=False)
 class Attended(Exact):
-    """What attention puts out: ``x = sums / total * scale``.
+    """What attention puts out: ``x = (high + low) / total * scale``.
 
     Args:
-        sums: (…, D) float64, multiples of 2**-15.
-        total: (…, 1) float64, the same.
+        high, low: (…, D) float32, multiples of 2**-7 and 2**-15.
+        total: (…, 1) float32, multiples of 2**-15.
         scale: ().
         merge: layout of the result.
     """
 
-    sums: Tensor
+    high: Tensor
+    low: Tensor
     total: Tensor
     scale: Tensor
-    merge: Callable[[Tensor], Tensor] = lambda x: x
+    merge: Callable[[Tensor], Tensor]
+
+    @property
+    def channels(self) -> int:
+        """D."""
+        return self.high.shape[-1]
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -166,14 +194,13 @@ class Attended(Exact):
         """See :func:`~fqvit_plugin.dyadic.mean_rule`."""
         return mean_rule(self.scale.double() / scale.double())
 
-    def steps(self, rule: Any) -> Tensor:
-        """Overwrites ``sums``."""
-        one = 2.0**LARGEST_EXPONENT
-        return self.merge(weighted_mean(self.sums.mul_(one), self.total * one, rule).float())
+    def laid(self, rule: Any, finish: Any) -> Tensor:
+        """Overwrites ``high``."""
+        return self.merge(fused.weighted_mean(self.high, self.low, self.total, rule, finish))
 
     def value(self) -> Tensor:
         """In reals."""
-        return self.merge((self.sums / self.total).float() * self.scale)
+        return self.merge((self.high + self.low) / self.total * self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +216,11 @@ class Joined(Exact):
     rest: Exact
 
     @property
+    def channels(self) -> int:
+        """C."""
+        return self.rest.channels
+
+    @property
     def sources(self) -> tuple[Tensor, ...]:
         """What :meth:`rule` reads."""
         return self.rest.sources
@@ -197,10 +229,11 @@ class Joined(Exact):
         """The rule of the exact part, and the scale."""
         return scale, self.rest.rule(scale)
 
-    def steps(self, rule: Any) -> Tensor:
+    def laid(self, rule: Any, finish: Any) -> Tensor:
         """A new tensor (B, P + N, C)."""
         scale, rest = rule
-        return torch.cat((whole_steps(self.first, scale), self.rest.steps(rest)), dim=1)
+        first = finish.finish(torch.round(self.first / scale))
+        return torch.cat((first, self.rest.laid(rest, finish)), dim=1)
 
     def value(self) -> Tensor:
         """In reals."""

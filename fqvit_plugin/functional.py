@@ -27,7 +27,6 @@ __all__ = [
     'saturate_',
     'steps',
     'symmetric_qparams',
-    'whole_steps',
 ]
 
 Arithmetic = Literal['strict', 'reference']
@@ -120,11 +119,6 @@ def steps(
     ``inplace`` writes over ``x``. New memory costs more than the arithmetic on it.
     """
     return round_steps_(x.div_(scale) if inplace else x / scale, zero_point, qmin, qmax, arithmetic)
-
-
-def whole_steps(x: Tensor, scale: Tensor) -> Tensor:
-    """``x / scale``, rounded: the steps of reals that lie on the grid of ``scale``, () or (C,) of the last axis."""
-    return torch.div(x, scale).round_()
 
 
 def round_steps_(

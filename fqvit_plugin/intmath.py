@@ -18,7 +18,6 @@ from ._torch import is_compiling
 
 __all__ = [
     'LARGEST_EXPONENT',
-    'SLICE',
     'LayerNormConstants',
     'by_slices',
     'int_layernorm',
@@ -29,22 +28,33 @@ __all__ = [
     'log_int_softmax_codes',
     'log_int_softmax_reference_',
     'log_int_softmax_shift',
+    'whole_layernorm',
 ]
 
 
 #: Elements that are worked on at a time. The functions below need several tensors of scratch memory, and new memory
 #: costs more than their arithmetic: slices reuse it while it is in the cache.
-SLICE = 1 << 19
+_SLICE = 1 << 19
 
 
-def by_slices(function: Callable[[Tensor], Tensor], x: Tensor, out: Tensor | None = None) -> Tensor:
-    """``function(x)``, taken over slices of rows; compilers, which need no scratch memory, see it whole."""
-    if is_compiling() or x.numel() <= SLICE or not x.is_contiguous():
-        return function(x)
+def by_slices(
+    function: Callable[..., Tensor], x: Tensor, *others: Tensor, out: Tensor | None = None, size: int = _SLICE
+) -> Tensor:
+    """``function(x, *others)``, taken over slices of rows; compilers, which need no scratch memory, see it whole.
+
+    Args:
+        x: (…, C).
+        others: tensors with the rows of ``x``.
+        out: of the shape of ``x``; may be ``x``.
+        size: elements of ``x`` in a slice.
+    """
+    if is_compiling() or x.numel() <= size or not all(t.is_contiguous() for t in (x, *others)):
+        return function(x, *others)
     out = torch.empty_like(x) if out is None else out
-    rows = max(1, SLICE // x.shape[-1])
-    for source, target in zip(*(t.view(-1, x.shape[-1]).split(rows) for t in (x, out)), strict=True):
-        result = function(source)
+    rows = max(1, size // x.shape[-1])
+    slices = (t.view(-1, t.shape[-1]).split(rows) for t in (out, x, *others))
+    for target, *sources in zip(*slices, strict=True):
+        result = function(*sources)
         if result.data_ptr() != target.data_ptr():
             target.copy_(result)
     return out
@@ -119,7 +129,7 @@ def int_layernorm(
     Source: FQ-ViT, section 4.1; I-BERT's integer root. Deviations: docs/numerics.md.
     """
     constants = layernorm_constants(x.shape[-1], in_scale, in_range, out_scale, weight, bias, eps)
-    return by_slices(lambda rows: _layernorm(rows, constants), x)
+    return by_slices(lambda rows: whole_layernorm(rows, constants).to(constants.dtype), x)
 
 
 class LayerNormConstants(NamedTuple):
@@ -157,7 +167,8 @@ def layernorm_constants(
     return LayerNormConstants(finest, guard, root_bits, *affine, out_scale.dtype)
 
 
-def _layernorm(x: Tensor, layer: LayerNormConstants) -> Tensor:
+def whole_layernorm(x: Tensor, layer: LayerNormConstants) -> Tensor:
+    """:func:`int_layernorm` by constants that are known, in float64."""
     channels = x.shape[-1]
     u = torch.div(x, layer.finest).round_()  # |u| <= in_range < 2**12 for 8 bits with factors up to 8
     sum_ = u.sum(dim=-1, keepdim=True)  # < 2**24 in float32, as are the squares
@@ -171,7 +182,7 @@ def _layernorm(x: Tensor, layer: LayerNormConstants) -> Tensor:
     # |x_hat gain| < 2**(6 + 16 + 24); floor(v + 1/2) rounds halves up, an add and a shift in integers. Powers of two
     # go into the constants beforehand, which changes no bit.
     shrink = torch.exp2(-layer.shift)
-    return x_hat.mul_(layer.gain * shrink).add_(layer.offset * shrink + 0.5).floor_().to(layer.dtype)
+    return x_hat.mul_(layer.gain * shrink).add_(layer.offset * shrink + 0.5).floor_()
 
 
 def _dyadic_affine(gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,9 +6,10 @@ this package, call ``register_family``.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmpretrain.models import SwinTransformer
 from mmpretrain.models.utils import QuickGELU
 from torch import nn
 
@@ -161,10 +162,12 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
 
 def _output_act(backbone: Any) -> QAct | None:
     """The quantizer of a backbone's last output, where it is known."""
-    if hasattr(backbone, 'output_act'):
-        return cast(QAct, backbone.output_act)
-    norm = getattr(backbone, f'norm{len(getattr(backbone, "stages", ())) - 1}', None)
-    return norm.out_act if isinstance(norm, QNormAct) else None
+    if isinstance(backbone, vit.QPlainViT):
+        return getattr(backbone, 'output_act', None)
+    if isinstance(backbone, SwinTransformer):
+        norm = getattr(backbone, f'norm{len(backbone.stages) - 1}', None)
+        return norm.out_act if isinstance(norm, QNormAct) else None
+    return None
 
 
 def _quantize_neck_(classifier: Any, feature_act: QAct | None, make: LayerFactory) -> QAct | None:

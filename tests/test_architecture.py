@@ -18,6 +18,7 @@ NAME = PACKAGE.name
 #: A module may import those above it. A new module belongs as far up as its imports allow.
 ORDER = [
     '_torch',
+    'compiled',
     'registry',
     'functional',
     'scheme',
@@ -26,6 +27,7 @@ ORDER = [
     'quantizers',
     'intmath',
     'dyadic',
+    'fused',
     'tables',
     'phase',
     'exact',

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..exact import Exact, Joined, Powers, Sum, Sums
-from ..functional import whole_steps
+from ..fused import whole_steps
 from ..layers import QAct
 from ..phase import full_precision
 
@@ -45,7 +44,7 @@ def attended(probs: Any, v: Tensor, v_act: QAct, merge: Callable[[Tensor], Tenso
     if not isinstance(probs, Powers):
         return merge(product(probs, v))
     with full_precision(v):
-        return replace(probs.times(whole_steps(v, v_act.scale), v_act.scale), merge=merge)
+        return probs.times(whole_steps(v, v_act.scale), v_act.scale, merge)
 
 
 def summed(a: Tensor, a_act: QAct, b: Tensor, b_act: QAct) -> Tensor | Exact:

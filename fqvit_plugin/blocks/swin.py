@@ -72,7 +72,7 @@ class QWindowMSA(nn.Module):
         logits = summed(products, self.scores_act, self._position_bias(tokens), self.bias_table_act)
         probs = self.probs(logits, self.logits_act, mask)
         if isinstance(probs, Powers):
-            probs = Powers(probs.powers.view(windows, self.num_heads, tokens, tokens))
+            probs = probs.view(windows, self.num_heads, tokens)
         else:
             probs = self.attn_drop(probs.view(windows, self.num_heads, tokens, tokens))
         x = self.context_act(attended(probs, v, self.qkv_act, merged))

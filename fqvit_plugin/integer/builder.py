@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..dyadic import add_rule, affine_rule, mean_rule, rescaled_
+from ..dyadic import add_rule, affine_rule, mean_rule
+from ..fused import Affine
 from ..intmath import LARGEST_EXPONENT, layernorm_constants, log_int_softmax_codes
 from ..layers import QAct, QActOf, QIntLayerNorm
 from ..quantizers import UniformQuantizer
@@ -198,7 +199,8 @@ class Builder:
         """The same values on the grid of ``act``."""
         out, (_, zero) = self.grid(act), x.single
         steps = torch.arange(-(2 ** (x.bits - 1)), 2 ** (x.bits - 1), dtype=torch.float64) - zero
-        steps = rescaled_(steps, affine_rule([x.scale], 1.0, None, out.scale))
+        rule = Affine.of(affine_rule([x.scale], 1.0, None, out.scale), len(steps))
+        steps = torch.floor(steps * rule.gain + rule.offset)
         return self._lookup(x, self._stored(steps, out), act, name)
 
     def function(self, x: Sums, act: QActOf) -> Codes:

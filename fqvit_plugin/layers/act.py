@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._torch import is_compiling
 from ..exact import Exact, reals
-from ..functional import whole_steps
+from ..fused import ToGrid, ToTable
 from ..intmath import by_slices
 from ..phase import Phase, QuantLayer
 from ..quantizers import UniformQuantizer, build_quantizer
@@ -41,7 +41,7 @@ class QAct(QuantLayer):
         super().__init__()
         self.inplace = inplace
         self.quantizer: Any = build_quantizer(parse_spec(spec), channels)
-        self._rule: tuple[tuple[int, ...], Any] = ((), None)
+        self._constants: tuple[tuple[int, ...], Any] = ((), None)
 
     @property
     def scale(self) -> Tensor:
@@ -55,21 +55,34 @@ class QAct(QuantLayer):
         uniform = isinstance(self.quantizer, UniformQuantizer) and spec.axis in (None, -1)
         return self.phase is Phase.QUANT and uniform and spec.arithmetic == 'strict' and spec.bit_type.bits <= 8
 
-    def steps_of(self, x: Exact, scale: Tensor | None = None) -> Tensor:
-        """Whole steps of its grid, or of ``scale``, that the integer rules give; not saturated."""
-        scale = self.scale if scale is None else scale
+    def to_grid(self, channels: int) -> ToGrid:
+        """What lays whole steps of (…, channels) on its grid."""
+        spec, zero_point = self.quantizer.spec.bit_type, self.quantizer.zero_point
+        return ToGrid.of(spec.qmin - zero_point, spec.qmax - zero_point, self.scale, channels)
+
+    def to_steps(self, channels: int) -> ToGrid:
+        """What saturates whole steps of (…, channels) and leaves them steps."""
+        grid = self.to_grid(channels)
+        return grid._replace(scale=torch.ones_like(grid.scale))
+
+    def laid(self, x: Exact) -> Tensor:
+        """``x`` on its grid, by the integer rules."""
+        return x.laid(*self.constants(lambda: (x.rule(self.scale), self.to_grid(x.channels)), x.channels, *x.sources))
+
+    def constants(self, make: Callable[[], Any], channels: int, *sources: Tensor) -> Any:
+        """What ``make`` gives, kept until the grid, the sources or the number of channels change."""
         if is_compiling():
-            return x.steps(x.rule(scale))
-        key = versions(scale, *x.sources)
-        if self._rule[0] != key:
-            self._rule = (key, x.rule(scale))
-        return x.steps(self._rule[1])
+            return make()
+        key = (channels, *versions(*self.quantizer.buffers(), *sources))
+        if self._constants[0] != key:
+            self._constants = (key, make())
+        return self._constants[1]
 
     def forward(self, x: Tensor | Exact) -> Tensor:
         """Same shape out as in."""
         if isinstance(x, Exact):
             if self.is_exact:
-                return self.quantizer.from_steps_(self.steps_of(x))
+                return self.laid(x)
             x = x.value()
         return self.quantized(x, self.quantizer, self.inplace)
 
@@ -125,11 +138,7 @@ class QActOf(QAct):
             self.freeze()
         if not quant or self.table is None:
             return self.quantized(self.function(reals(x)), self.quantizer, self.inplace)
-        steps = self.steps_of(x, self.table_step) if isinstance(x, Exact) else whole_steps(x.float(), self.table_step)
-        return by_slices(self._read, steps, out=steps)
-
-    def _read(self, steps: Tensor) -> Tensor:
-        assert self.table is not None
-        first = -(len(self.table) // 2) - self.table_zero
-        index = steps.sub_(first).clamp_(0, len(self.table) - 1).int()
-        return self.table.index_select(0, index.flatten()).view(index.shape)
+        read = ToTable(self.table, -(len(self.table) // 2) - self.table_zero)
+        if isinstance(x, Exact):
+            return x.laid(self.constants(lambda: x.rule(self.table_step), x.channels, *x.sources), read)
+        return by_slices(lambda rows: read.finish(torch.div(rows, self.table_step).round_()), x.float())

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .._torch import is_compiling
 from ..exact import Exact, Powers, reals
-from ..intmath import log_int_powers_, log_int_softmax_, log_int_softmax_reference_
+from ..fused import powers
+from ..intmath import log_int_softmax_, log_int_softmax_reference_
 from ..phase import Phase, QuantLayer
 from ..quantizers import build_quantizer
 from ..scheme import QuantSpec
@@ -52,8 +53,7 @@ class QIntSoftmax(QuantLayer):
             if in_act is None:
                 raise ValueError('Log-Int-Softmax needs in_act: the grid of the logits')
             if isinstance(logits, Exact) and in_act.is_exact and self.spec.arithmetic == 'strict':
-                steps = in_act.quantizer.saturated_(in_act.steps_of(logits))
-                return Powers(log_int_powers_(steps, in_act.scale, self.spec.bit_type.bits, mask))
+                return self._powers(logits, in_act, mask)
             return self._log_int(reals(logits), in_act, mask)
         logits = reals(logits) if in_act is None else in_act(logits)
         x = logits if mask is None else logits + mask
@@ -62,6 +62,12 @@ class QIntSoftmax(QuantLayer):
         copies = not own or torch.is_grad_enabled() or is_compiling()
         probabilities = torch.softmax(x, dim=-1) if copies else torch.softmax(x, dim=-1, out=x)
         return probabilities if self.quantizer is None else self.quantized(probabilities, self.quantizer)
+
+    def _powers(self, logits: Exact, in_act: QAct, mask: Tensor | None) -> Powers:
+        rule, finish = in_act.constants(
+            lambda: (logits.rule(in_act.scale), in_act.to_steps(logits.channels)), logits.channels, *logits.sources
+        )
+        return Powers(*powers(logits.laid(rule, finish), in_act.scale, self.spec.bit_type.bits, mask))
 
     def _integer_now(self) -> bool:
         # The published scales were taken on a last batch that had already passed through Log-Int-Softmax.

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from .._torch import is_compiling
 from ..exact import Sums
-from ..functional import align, whole_steps
+from ..functional import align
+from ..fused import whole_steps
 from ..phase import Phase, QuantLayer, full_precision
 from ..quantizers import UniformQuantizer, build_quantizer
 from ..scheme import QuantSpec
