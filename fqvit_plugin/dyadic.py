@@ -1,6 +1,6 @@
 """Dyadic rescaling: from integer sums to another grid by a multiplication, an addition and a shift.
 
-One rule, two executions. The integer kernels follow it in int64; the simulation (:mod:`fqvit_plugin.fused`) follows it
+One rule, two executions. The integer kernels follow it in int64; the simulation (:mod:`fqvit_plugin.fused`) does so
 in float64, whose 53 bits hold every number that occurs, so that both put out the same codes.
 """
 

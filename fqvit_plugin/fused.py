@@ -176,8 +176,7 @@ def affine(x: Tensor, rule: Affine, finish: ToGrid | ToTable) -> Tensor:
 def add(a: Tensor, b: Tensor, rule: Add, finish: ToGrid) -> Tensor:
     """The sum of reals on two grids, (…, C), on a third; ``b`` broadcasts to ``a`` along leading axes."""
     a, b = a.contiguous(), b.contiguous()
-    tail = b.shape[next((i for i, n in enumerate(b.shape) if n != 1), b.ndim - 1) :]
-    if (lib := _native(a, b)) and a.shape[a.ndim - len(tail) :] == tail:
+    if (lib := _native(a, b)) and _is_tail(b.shape, a.shape):
         channels, out = a.shape[-1], torch.empty_like(a)
         _call(lib.fq_add, a, b, out, a.numel() // channels, b.numel() // channels, channels, *rule, *finish)
         return out
@@ -192,6 +191,14 @@ def add(a: Tensor, b: Tensor, rule: Add, finish: ToGrid) -> Tensor:
     if a.shape == b.shape:
         return by_slices(lambda a, b: rows(a, second(b)), a, b, out=torch.empty_like(a), size=_SLICE)
     return rows(a, second(b))
+
+
+def _is_tail(shape: Sequence[int], of: Sequence[int]) -> bool:
+    """Whether ``shape`` without leading ones is how ``of`` ends."""
+    shape = list(shape)
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return list(of[len(of) - len(shape) :]) == shape
 
 
 def whole_steps(x: Tensor, scale: Tensor) -> Tensor:

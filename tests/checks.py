@@ -10,12 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import fqvit_plugin
-from fqvit_plugin import QIntLayerNorm, get_scheme, quantize_model_
+from fqvit_plugin import QIntLayerNorm, fused, get_scheme, quantize_model_
 from fqvit_plugin.blocks.common import linked
 from fqvit_plugin.lifecycle import named_quantizers
 from fqvit_plugin.phase import QuantLayer
@@ -83,7 +84,7 @@ class GridWatch(TorchFunctionMode):
             if name in ('matmul', '__matmul__', 'einsum') or (name in ('mul', '__mul__', '__rmul__') and elementwise):
                 self._product(*tensors, caller)
             elif name in ('add', '__add__', '__radd__') and elementwise and sequences:
-                self._sum(*tensors, caller)
+                self.look_at_sum(*tensors, caller)
         return func(*args, **(kwargs or {}))
 
     @staticmethod
@@ -96,7 +97,7 @@ class GridWatch(TorchFunctionMode):
             probabilities = bool((operand >= 0).all()) and torch.allclose(operand.sum(-1), torch.ones(()), atol=1e-4)
             assert probabilities or len(operand.unique()) <= POINTS, f'{caller} multiplies what is on no grid'
 
-    def _sum(self, a: Tensor, b: Tensor, caller: str) -> None:
+    def look_at_sum(self, a: Tensor, b: Tensor, caller: str) -> None:
         self.sums += 1
         for operand in (a, b):
             most = max(len(channel.unique()) for channel in operand.flatten(0, 1).T)
@@ -125,7 +126,16 @@ def assert_operands_on_grids(model: nn.Module, x: Tensor) -> None:
             handles.append(module.register_forward_pre_hook(check_layer(path)))
         elif isinstance(module, QIntLayerNorm):
             handles.append(module.register_forward_pre_hook(check_norm, with_kwargs=True))
-    with GridWatch() as watch:
+    watch = GridWatch()
+
+    def add(a: Tensor, b: Tensor, *rules: Any) -> Tensor:
+        if a.ndim == b.ndim == 3:
+            watch.look_at_sum(a, b, 'the exact sum')
+        return exact_add(a, b, *rules)
+
+    exact_add = fused.add
+    with pytest.MonkeyPatch.context() as patch, watch:
+        patch.setattr(fused, 'add', add)
         run(model, x)
     for handle in handles:
         handle.remove()

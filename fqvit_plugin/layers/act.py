@@ -63,7 +63,7 @@ class QAct(QuantLayer):
     def to_steps(self, channels: int) -> ToGrid:
         """What saturates whole steps of (…, channels) and leaves them steps."""
         grid = self.to_grid(channels)
-        return grid._replace(scale=torch.ones_like(grid.scale))
+        return ToGrid(grid.low, grid.high, torch.ones_like(grid.scale))
 
     def laid(self, x: Exact) -> Tensor:
         """``x`` on its grid, by the integer rules."""
