@@ -46,7 +46,8 @@ SWIN = dict(embed_dims=12, depths=[1, 2], num_heads=[2, 4], window_size=4, drop_
 def scope(package):
     """The package imported and the default scope, or the test skipped; the scope before is put back."""
     if reason := why_not(package):
-        pytest.skip(reason)
+        required = os.environ.get('FQVIT_MM_PROJECTS') == 'required'  # nox -s mm_projects
+        (pytest.fail if required else pytest.skip)(reason)
     before = DefaultScope.get_current_instance()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # theirs, on import
