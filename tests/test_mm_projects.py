@@ -299,6 +299,7 @@ def test_a_segmentation_project(mmseg, tmp_path, monkeypatch):
     for line in ('1 x QConv2d        int8', "1 x UPerHead's 25 layers", "1 x FCNHead's 3 layers"):
         assert line in first
     before, after = table(first, 'mIoU')
+    print(f'\nmIoU {before:.2f} float, {after:.2f} quantized')
     assert before > 80
     assert after == pytest.approx(before, abs=3)
     assert re.search(rf'Iter\(test\).*mIoU: {after:.2f}', first)
