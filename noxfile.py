@@ -47,7 +47,7 @@ def tests(session: nox.Session, pins: str) -> None:
 @nox.session(python='3.11')
 def mm_projects(session: nox.Session) -> None:
     """tests/test_mm_projects.py with MMSegmentation and MMDetection installed: what they would skip fails."""
-    _resolve(session, 'requirements/matrix/mm_projects.txt', 'mmsegmentation', 'mmdet', 'ftfy', 'regex')
+    _resolve(session, 'requirements/matrix/mm_projects.txt', '-r', 'requirements/mm-py311.txt')
     _pytest(session, 'tests/test_mm_projects.py', *session.posargs, FQVIT_MM_PROJECTS='required')
 
 

@@ -255,7 +255,8 @@ def test_every_class_path_of_an_installed_package_exists(path):
 
 def mim_test(package, cwd, checkpoint, *options):
     """Run ``mim test`` of the package in ``cwd``; gives its output."""
-    env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PYTHONPATH': os.pathsep.join([str(STANDIN), str(ROOT)])}
+    path = [str(STANDIN), str(ROOT), os.environ.get('PYTHONPATH', '')]
+    env = {**os.environ, 'OMP_NUM_THREADS': '2', 'PYTHONPATH': os.pathsep.join(filter(None, path))}
     mim = [sys.executable, '-m', 'mim', 'test', PACKAGES[package], 'mine_quantized.py', '--checkpoint', checkpoint]
     done = subprocess.run(
         [*mim, '--work-dir', 'work', *options], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
