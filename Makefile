@@ -9,6 +9,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 LOCK := requirements/lock-py311.txt
 LOG := $(VENV)/install.log
+MM := $(VENV)/mm
 ARGS ?=
 
 # An editable install remembers where it was made, so a .venv that was moved or copied is stale: the
@@ -49,6 +50,17 @@ test: $(READY)  ## all tests with at least 90 % coverage, then the linters
 	@echo '==> pytest'
 	@$(PY) -m pytest --cov=fqvit_plugin --cov-fail-under=$(if $(ARGS),0,90) $(ARGS)
 	@$(MAKE) lint
+
+# The two packages refuse the lock's mmcv-lite: an older one lies over it for this run only.
+.PHONY: test-mm
+test-mm: $(READY) $(MM)/ready  ## the tests of MMSegmentation and MMDetection projects, which `make test` skips
+	@echo '==> pytest tests/test_mm_projects.py'
+	@PYTHONPATH=$(abspath $(MM)) FQVIT_MM_PROJECTS=required $(PY) -m pytest tests/test_mm_projects.py $(ARGS)
+
+$(MM)/ready: requirements/mm-py311.txt $(LOCKED)
+	@rm -rf $(MM)
+	@$(PIP_INSTALL); pip_install --no-deps --target $(MM) -r $<
+	@touch $@
 
 .PHONY: lint
 lint: $(READY)  ## ruff and mypy

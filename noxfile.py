@@ -2,6 +2,7 @@
 
 Each environment is a Python and a file of pins; see below, and docs/compatibility.md for what passed.
 The whole suite instead of the fast part:  nox -s "tests(newest)" -- -m ""
+Projects of MMSegmentation and MMDetection, nothing skipped:  nox -s mm_projects
 """
 
 from __future__ import annotations
@@ -33,19 +34,35 @@ nox.options.reuse_existing_virtualenvs = True
 @nox.parametrize('python,pins', [entry[:2] for entry in ENVIRONMENTS.values()], ids=list(ENVIRONMENTS))
 def tests(session: nox.Session, pins: str) -> None:
     """The fast part of the suite; what follows `--` goes to pytest."""
-    flags = ['--progress-bar', 'off', '--no-build-isolation']
     if Path(pins).name.startswith('lock-'):
         start = [line for line in Path(pins).read_text().splitlines() if line.startswith(('setuptools==', 'wheel=='))]
         session.install(*start)
-        session.install(*flags, '--no-deps', '-r', pins)
-        session.install(*flags, '--no-deps', '-e', '.')
+        session.install(*_FLAGS, '--no-deps', '-r', pins)
+        session.install(*_FLAGS, '--no-deps', '-e', '.')
     else:
-        # sdists are built with this setuptools, not with the newest one, which has no pkg_resources
-        session.install('-c', pins, 'setuptools', 'wheel')
-        session.install(*flags, '-c', pins, '-e', '.[dev]')
+        _resolve(session, pins)
+    _pytest(session, '-m', 'not slow', *session.posargs)
+
+
+@nox.session(python='3.11')
+def mm_projects(session: nox.Session) -> None:
+    """tests/test_mm_projects.py with MMSegmentation and MMDetection installed: what they would skip fails."""
+    _resolve(session, 'requirements/matrix/mm_projects.txt', '-r', 'requirements/mm-py311.txt')
+    _pytest(session, 'tests/test_mm_projects.py', *session.posargs, FQVIT_MM_PROJECTS='required')
+
+
+def _resolve(session: nox.Session, pins: str, *more: str) -> None:
+    """The package, its tools and ``more``, in the versions of ``pins``; pip chooses the others."""
+    # sdists are built with this setuptools, not with the newest one, which has no pkg_resources
+    session.install('-c', pins, 'setuptools', 'wheel')
+    session.install(*_FLAGS, '-c', pins, '-e', '.[dev]', *more)
+
+
+def _pytest(session: nox.Session, *args: str, **env: str) -> None:
     # idle threads that spin take the cores from whoever has work
     threads = {name: os.environ.get(name, value) for name, value in _THREADS.items()}
-    session.run('python', '-m', 'pytest', '-m', 'not slow', *session.posargs, env=threads)
+    session.run('python', '-m', 'pytest', *args, env={**threads, **env})
 
 
+_FLAGS = ('--progress-bar', 'off', '--no-build-isolation')
 _THREADS = {'OMP_NUM_THREADS': '2', 'OMP_WAIT_POLICY': 'PASSIVE', 'MPLBACKEND': 'Agg'}

@@ -7,12 +7,16 @@ hand-made outcomes.
 from __future__ import annotations
 
 import copy
+import http.server
 import itertools
 import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import ClassVar
 
 import psutil
 import pytest
@@ -24,7 +28,7 @@ import fqvit_plugin as fq
 from fqvit_plugin.layers import QConv2d, QLinear
 from fqvit_plugin.scheme import parse_scheme
 from fqvit_plugin.search.experiment import Plan, _complaint
-from fqvit_plugin.search.nni_compat import loopback_at
+from fqvit_plugin.search.nni_compat import loopback_at, reserve_port, wait_for_server
 from fqvit_plugin.search.objective import Objective, Outcome, Setting, count_test_images, recipe_key
 from fqvit_plugin.search.results import choose, describe, make_table, pareto, write_config, write_json, write_plot
 from fqvit_plugin.search.setup import configured_scheme, make_space, measure_baselines, parse_budget
@@ -439,6 +443,51 @@ def test_nni_listens_on_loopback_only(tmp_path):
         done = subprocess.run([node, '-e', program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines() == [str(tmp_path / 'home')] + ['127.0.0.1'] * 4
     assert 'FQVIT_NNI_HOME' not in os.environ
+
+
+class Starting(http.server.BaseHTTPRequestHandler):
+    """What NNI's server says while it starts: two of these answers, then JSON."""
+
+    answers: ClassVar[list[bytes]] = []
+
+    def do_GET(self):
+        answer = self.answers.pop(0) if self.answers else b'{"status": "RUNNING"}'
+        self.send_response(200)
+        self.send_header('Content-Length', str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_server_that_starts_slowly_is_waited_for():
+    """As NNI's own server does, this one refuses at first, then is INITIALIZING for longer than NNI would ask."""
+    port, answers = reserve_port(), [b'INITIALIZING'] * 6
+    process = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])
+
+    def serve():
+        time.sleep(0.5)
+        with http.server.HTTPServer(('127.0.0.1', port), Starting) as server:
+            Starting.answers = answers
+            for _ in range(7):
+                server.handle_request()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        wait_for_server(process, port, 30)
+        assert not answers
+        assert process.poll() is None
+        thread.join()
+        with pytest.raises(RuntimeError, match='its server was not ready after 1 s'):
+            wait_for_server(process, port, 1)
+        assert process.poll() is not None, 'nothing is left running'
+        with pytest.raises(RuntimeError, match='its server ended with exit code -9'):
+            wait_for_server(process, port, 30)
+    finally:
+        process.kill()
+        thread.join()
 
 
 def test_what_a_failed_trial_said_is_passed_on(tmp_path):

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from _twins import scale_difference
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.utils import digit_version
@@ -39,7 +40,7 @@ from .models import batches, images, quantized
 from .projects import CLASSES, project, runner, write_images
 from .shared_data import imagenet
 from .test_surgery import error, run, snapshot
-from .timm_models import distilled, scale_difference, shaken, swin, vit
+from .timm_models import distilled, shaken, swin, vit
 
 #: name -> (how to build it, image size)
 MODELS = {
@@ -246,22 +247,23 @@ def run_classifier(model, x):
 def test_real_weights_through_timm_and_through_mmpretrain(name):
     """Oracle: the other road. All 400 images: tools/accuracy.py --via mmpretrain timm (docs/results.md)."""
     folder = imagenet()
-    roads, logits = {}, {}
+    roads = {via: {} for via in accuracy.BUILDERS}
     for via in accuracy.BUILDERS:
         cfg, model = accuracy.load_model(name, folder / 'weights', via)
         photos = accuracy.read_photos(folder / 'calib', cfg.test_dataloader.dataset.pipeline).shuffled(0)
-        chosen = list(photos.batches(20))[:2]
-        with torch.no_grad():
-            logits[via] = accuracy.forward(model, chosen[0])
+        chosen = [accuracy.Photos(photos.images[i : i + 20], photos.labels[i : i + 20]) for i in (0, 20)]
+        roads[via]['float', 0] = model, accuracy.predict(model, chosen[0])
+        _, model = accuracy.load_model(name, folder / 'weights', via)
         scheme = fq.get_scheme('fqvit_w8a8_attn4', input_quant=cfg.quant_scheme.input_quant)
         fq.quantize_model_(model, scheme)
-        fq.calibrate_(model, chosen, accuracy.forward)
-        roads[via] = model
-    apart = float((logits['timm'] - logits['mmpretrain']).abs().max())
-    count, difference = scale_difference(roads['timm'].model, roads['mmpretrain'])
-    print(f'\n{name}: logits differ by {apart:.1e}, {count} scales by {difference:.1e} relative at most')
-    assert apart <= 1e-4
-    assert difference <= 1e-4
+        fq.calibrate_(model, [dict(inputs=photos.images) for photos in chosen], accuracy.forward)
+        fq.quant(model)
+        roads[via]['8/8/4', 0] = model, accuracy.predict(model, chosen[0])
+    plain, quantized = accuracy.compare(name, roads['timm'], roads['mmpretrain'])
+    assert plain.logits <= 1e-4
+    assert (plain.changed, plain.scales) == (0, 0)
+    assert quantized.scales > 150
+    assert quantized.apart <= 1e-4
 
 
 # ---------------------------------------------------------------- what timm calls its models

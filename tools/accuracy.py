@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _twins import scale_difference
 from mmpretrain.registry import DATASETS, MODELS
 from rich.console import Console
 from rich.table import Table
@@ -43,6 +44,8 @@ examples:
   python tools/accuracy.py ../shared/imagenet
   python tools/accuracy.py ../shared/imagenet --models vit_t --recipes 'strict 8/8/4' --json out.json
   python tools/accuracy.py ../shared/imagenet --via mmpretrain timm --recipes 'strict 8/8/4'
+
+With both libraries named, a second table says how far apart their models of the same weights are.
 
 exit codes: 0 done, 2 something is wrong with what was given (one line on stderr)
 """
@@ -79,6 +82,23 @@ class Row:
     seconds: float
 
 
+#: (recipe, seed) -> the model, ready to predict, and its logits on val's images (N, classes)
+Kept = dict[tuple[str, int], tuple[Any, Tensor]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far apart timm's and MMPretrain's models of the same weights are, in one recipe on the same images."""
+
+    model: str
+    recipe: str
+    seed: int
+    logits: float  #: largest absolute difference between two logits
+    changed: int  #: images for which the first answer differs
+    scales: int  #: how many there are, one for one; none in the float model
+    apart: float  #: largest relative difference between two scales
+
+
 def read_photos(folder: Path, pipeline: list[dict]) -> Photos:
     """Decode and resize every photograph of ``folder`` by the config's own test pipeline.
 
@@ -112,10 +132,9 @@ def forward(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def right(model: Any, photos: Photos, batch_size: int = 50) -> Tensor:
-    """For each photograph whether the model's first answer is right."""
-    predicted = [forward(model, batch).argmax(1) for batch in photos.batches(batch_size)]
-    return torch.cat(predicted) == photos.labels
+def predict(model: Any, photos: Photos, batch_size: int = 50) -> Tensor:
+    """Logits (N, classes) of all photographs."""
+    return torch.cat([forward(model, batch) for batch in photos.batches(batch_size)])
 
 
 def evaluate(
@@ -125,13 +144,16 @@ def evaluate(
     seeds: Sequence[int] = (0,),
     batch_size: int = 20,
     via: str = 'mmpretrain',
+    kept: Kept | None = None,
 ) -> Iterator[Row]:
-    """Float first, then every recipe with every seed, each on a model of its own."""
+    """Float first, then every recipe with every seed, each on a model of its own, which goes to ``kept`` if given."""
     cfg, model = load_model(name, images / 'weights', via)
     pipeline = cfg.test_dataloader.dataset.pipeline
     calib, val = (read_photos(images / split, pipeline) for split in ('calib', 'val'))
+    kept = {} if kept is None else kept
     start = time.perf_counter()
-    base = right(model, val)
+    kept['float', 0] = model, predict(model, val)
+    base = kept['float', 0][1].argmax(1) == val.labels
     yield _row((name, via), 'float', 0, base, base, start)
     for recipe, seed in itertools.product(recipes, seeds):
         start = time.perf_counter()
@@ -140,12 +162,23 @@ def evaluate(
         fq.quantize_model_(model, fq.get_scheme(**RECIPES[recipe], input_quant=input_quant))
         fq.calibrate_(model, calib.shuffled(seed).batches(batch_size), forward)
         fq.quant(model)
-        yield _row((name, via), recipe, seed, right(model, val), base, start)
+        kept[recipe, seed] = model, predict(model, val)
+        hits = kept[recipe, seed][1].argmax(1) == val.labels
+        yield _row((name, via), recipe, seed, hits, base, start)
 
 
 def _row(model: tuple[str, str], recipe: str, seed: int, hits: Tensor, base: Tensor, start: float) -> Row:
     top1 = 100 * hits.float().mean().item()
     return Row(*model, recipe, seed, len(hits), top1, int((hits != base).sum()), time.perf_counter() - start)
+
+
+def compare(name: str, timms: Kept, theirs: Kept) -> Iterator[Difference]:
+    """What timm's models of ``name`` differ by from MMPretrain's, recipe by recipe."""
+    for (recipe, seed), (model, logits) in timms.items():
+        twin, expected = theirs[recipe, seed]
+        scales = (0, 0.0) if recipe == 'float' else scale_difference(model.model, twin)
+        changed = int((logits.argmax(1) != expected.argmax(1)).sum())
+        yield Difference(name, recipe, seed, float((logits - expected).abs().max()), changed, *scales)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -163,6 +196,15 @@ def table(rows: Sequence[Row]) -> Table:
             f'{row.seconds:.0f}',
         )
         result.add_row(*cells)
+    return result
+
+
+def difference_table(differences: Sequence[Difference]) -> Table:
+    """timm beside MMPretrain, for a terminal."""
+    result = Table('model', 'recipe', 'seed', 'logits', 'other answers', 'scales', 'apart', title='timm - MMPretrain')
+    for d in differences:
+        scales = (str(d.scales), f'{d.apart:.1e}') if d.scales else ('', '')
+        result.add_row(d.model, d.recipe, str(d.seed), f'{d.logits:.1e}', str(d.changed), *scales)
     return result
 
 
@@ -186,23 +228,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _line(row: Row) -> str:
+    return f'{row.model} ({row.via}): {row.recipe}, seed {row.seed}: {row.top1:.2f} ({row.seconds:.0f} s)'
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print the table, write JSON."""
     args = _parser().parse_args(argv)
     console = Console()
     rows: list[Row] = []
+    differences: list[Difference] = []
     try:
-        for name, via in itertools.product(args.models, args.via):
-            for row in evaluate(args.images, name, args.recipes, args.seeds, args.batch_size, via):
-                rows.append(row)
-                console.print(
-                    f'{row.model} ({row.via}): {row.recipe}, seed {row.seed}: {row.top1:.2f} ({row.seconds:.0f} s)',
-                    highlight=False,
-                )
+        for name in args.models:
+            kept: dict[str, Kept] = {via: {} for via in args.via}
+            for via in args.via:
+                for row in evaluate(args.images, name, args.recipes, args.seeds, args.batch_size, via, kept[via]):
+                    rows.append(row)
+                    console.print(_line(row), highlight=False)
+            if len(kept) == len(BUILDERS):
+                differences += compare(name, kept['timm'], kept['mmpretrain'])
     except (ValueError, OSError) as error:
         print(f'accuracy.py: {error}', file=sys.stderr)
         return 2
     console.print(table(rows))
+    if differences:
+        console.print(difference_table(differences))
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     return 0

@@ -90,17 +90,13 @@ def run_experiment(
 
     name = json.loads(state.read_text(encoding='utf-8'))['id'] if resume else None
     with loopback_at(folder):
-
-        def prepared() -> Any:
-            experiment = Experiment('local', id=name)
-            # with the same seed a resumed tuner would propose the same points again
-            _configure(experiment.config, job, plan, folder, plan.seed + len(list(job.outcomes())))
-            if resume:
-                amend_experiment(folder / 'nni' / experiment.id, experiment.config)
-            return experiment
-
-        experiment = _started(prepared, resume)
+        experiment = Experiment('local', id=name)
+        # with the same seed a resumed tuner would propose the same points again
+        _configure(experiment.config, job, plan, folder, plan.seed + len(list(job.outcomes())))
+        if resume:
+            amend_experiment(folder / 'nni' / experiment.id, experiment.config)
         try:
+            (experiment.resume if resume else experiment.run)(reserve_port(), wait_completion=False)
             state.write_text(json.dumps({'id': experiment.id}), encoding='utf-8')  # now there is one to resume
             _follow(experiment, job, plan, say)
         finally:
@@ -109,28 +105,6 @@ def run_experiment(
     if not outcomes:
         raise RuntimeError(f'no trial finished: {_complaint(folder / "nni" / experiment.id)}')
     return outcomes
-
-
-def _started(prepared: Callable[[], Any], resume: bool) -> Any:
-    """An experiment of NNI that runs.
-
-    Raises:
-        RuntimeError: NNI's server gave no sensible answer, twice.
-    """
-    for last in (False, True):
-        experiment = prepared()
-        try:
-            (experiment.resume if resume else experiment.run)(reserve_port(), wait_completion=False)
-        except json.JSONDecodeError:  # on a busy machine NNI may ask its server before that can answer
-            experiment.stop()
-            if last:
-                raise RuntimeError('NNI did not start: its server gave no answer; run the search again') from None
-        except BaseException:
-            experiment.stop()
-            raise
-        else:
-            return experiment
-    raise AssertionError('unreachable')
 
 
 def _configure(config: Any, job: Job, plan: Plan, folder: Path, seed: int) -> None:

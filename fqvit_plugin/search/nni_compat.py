@@ -10,14 +10,16 @@ import logging
 import os
 import socket
 import sqlite3
+import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ['amend_experiment', 'import_compression', 'import_nni', 'loopback_at', 'reserve_port']
+__all__ = ['amend_experiment', 'import_compression', 'import_nni', 'loopback_at', 'reserve_port', 'wait_for_server']
 
 #: Loaded into NNI's node process before its own code. NNI's REST server listens on every interface, and its list
 #: of experiments lies under the home folder, both without an option.
@@ -85,9 +87,56 @@ def amend_experiment(folder: Path, config: Any) -> None:
         connection.execute('UPDATE ExperimentProfile SET params = ?', (json.dumps(config.json()),))
 
 
+def wait_for_server(process: subprocess.Popen[Any], port: int, seconds: float = 120.0) -> None:
+    """Return when NNI's server at ``port``, run by ``process``, is ready; ``process`` is killed if it never is.
+
+    NNI asks four times within three seconds and gives up. A busy machine needs longer to load the server's code; and
+    until its database is open, the server answers ``INITIALIZING``, which NNI takes for broken JSON.
+
+    Raises:
+        RuntimeError: the process ended, or there was no answer for that many seconds.
+    """
+    from nni.experiment import rest
+
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            if process.poll() is not None:
+                raise RuntimeError(f'NNI did not start: its server ended with exit code {process.returncode}')
+            with suppress(Exception):  # refused, or no JSON
+                rest.get(port, '/check-status')
+                return
+            time.sleep(0.2)
+        raise RuntimeError(f'NNI did not start: its server was not ready after {seconds:.0f} s; run the search again')
+    except BaseException:  # an interrupt too: NNI does not know of the process yet
+        process.kill()
+        process.wait()
+        raise
+
+
+@contextmanager
+def _patient_launcher() -> Iterator[None]:
+    """NNI's launcher starts its server and waits until it is ready, before it asks anything."""
+    from nni.experiment import launcher
+
+    start: Any = launcher._start_rest_server
+
+    def start_and_wait(arguments: Any, run_mode: Any) -> Any:
+        process = start(arguments, run_mode)
+        wait_for_server(process, arguments.port)
+        return process
+
+    changed: Any = launcher
+    changed._start_rest_server = start_and_wait
+    try:
+        yield
+    finally:
+        changed._start_rest_server = start
+
+
 @contextmanager
 def loopback_at(folder: Path) -> Iterator[None]:
-    """Keep NNI's server on 127.0.0.1 and its files, the list of experiments included, in ``folder``.
+    """Keep NNI's server on 127.0.0.1 and its files, the list of experiments included, in ``folder``; wait for it.
 
     NNI would listen on every interface, write ``~/nni-experiments/.experiment``, ask proxies for localhost, and
     print its log to standard output; its log file in ``folder`` stays.
@@ -117,7 +166,8 @@ def loopback_at(folder: Path) -> Iterator[None]:
     level = logging.getLogger('nni').level
     logging.getLogger('nni').setLevel(logging.ERROR)
     try:
-        yield
+        with _patient_launcher():
+            yield
     finally:
         initialise.__defaults__ = defaults
         logging.getLogger('nni').setLevel(level)
