@@ -55,10 +55,10 @@ class Row:
     top1: float | None = None
 
 
-def cpu_features() -> list[str]:
-    """Which of ``FEATURES`` this CPU has, as far as the system says."""
+def cpu_features(text: str | None = None) -> list[str]:
+    """Which of ``FEATURES`` this CPU has, by Linux's /proc/cpuinfo or a ``text`` like it; none on other systems."""
     info = Path('/proc/cpuinfo')
-    text = info.read_text() if info.exists() else ''
+    text = (info.read_text() if info.exists() else '') if text is None else text
     found = re.search(r'^(?:flags|Features)\s*:\s*(.+)$', text, re.MULTILINE)
     flags = set(found[1].split()) if found else set()
     return [name for name in FEATURES if name in flags]
@@ -181,7 +181,7 @@ def _cells(row: Row, base: Row | None, batch: int) -> list[str]:
     return [*cells, f'{statistics.median(found):.2f}', f'{low:.2f} - {high:.2f}']
 
 
-def footer(rows: Sequence[Row], batches: Sequence[int]) -> Iterator[str]:
+def footer(rows: Sequence[Row], batches: Sequence[int], features: Sequence[str]) -> Iterator[str]:
     """What the table does not say: what is missing and why, what speeds are multiples of, what the CPU can do."""
     for row in rows:
         if row.problem is not None:
@@ -189,9 +189,9 @@ def footer(rows: Sequence[Row], batches: Sequence[int]) -> Iterator[str]:
     bases = [(batch, fastest_float(rows, batch)) for batch in batches]
     if named := [f'{base.name} at batch {batch}' for batch, base in bases if base is not None]:
         yield f'speed: times as fast as the fastest float32 engine ({", ".join(named)}), median over rounds'
-    features = cpu_features()
     vnni = [name for name in features if name in ('avx_vnni', 'avx512_vnni', 'amx_int8', 'asimddp', 'i8mm')]
-    yield f'int8 dot products of this CPU: {", ".join(vnni) or "none (no VNNI)"}; it has {", ".join(features)}'
+    known = f'{", ".join(vnni) or "none (no VNNI)"}; it has {", ".join(features)}'
+    yield f'int8 dot products of this CPU: {known if features else "not known: this system does not say"}'
 
 
 def to_dict(rows: Sequence[Row], batches: Sequence[int]) -> list[dict[str, Any]]:
@@ -289,7 +289,7 @@ def compare_engines(args: argparse.Namespace, settings: Settings, console: Conso
             size = f'{subject.image_size} x {subject.image_size}'
             console.print(f'{subject.config}: {subject.scheme_options["type"]}, {size}, {args.threads} threads')
             console.print(table(rows, args.batch_sizes))
-            console.print(*footer(rows, args.batch_sizes), sep='\n', soft_wrap=True)
+            console.print(*footer(rows, args.batch_sizes, cpu_features()), sep='\n', soft_wrap=True)
             document['configs'][str(subject.config)] = to_dict(rows, args.batch_sizes)
             if args.json is not None:
                 write_json(args.json, document)

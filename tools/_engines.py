@@ -136,8 +136,9 @@ class Engine:
         absent = [name for name in self.needs if not _is_there(name)]
         if not absent:
             return None
+        names = dict.fromkeys(name.partition('.')[0] for name in absent)  # as their distributions are called
         ours = [name for name in absent if name.startswith('fqvit_plugin')]
-        return f'not in this version: {ours[0]}' if ours else f'not installed: pip install {" ".join(absent)}'
+        return f'not in this version: {ours[0]}' if ours else f'not installed: pip install {" ".join(names)}'
 
 
 ENGINES: dict[str, Engine] = {}
