@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import calibrate
@@ -70,6 +71,19 @@ def test_a_runner_tests_it_like_the_executor(job):
     running = runner(integer_config(cfg, root / 'int.safetensors'))
     metrics = running.test()
     assert metrics['accuracy/top1'] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
+    assert torch.equal(running.model(**_inputs(running, cfg)), logits)
+
+
+def test_the_native_engine_or_its_absence(job):
+    """Its logits are the executor's; where it is not there, the message says what is."""
+    root, cfg = job
+    running = runner(integer_config(cfg, root / 'int.safetensors', **{'model.engine': 'native'}))
+    if find_spec('fqvit_plugin.native') is None:
+        with pytest.raises(ValueError, match="engine='native' is not here .*; engine='torch' is"):
+            running.test()
+        return
+    assert running.test().keys() == {'accuracy/top1'}
+    logits, _ = executor_logits(load_integer(root / 'int.safetensors'), cfg)
     assert torch.equal(running.model(**_inputs(running, cfg)), logits)
 
 

@@ -16,6 +16,8 @@ import numpy as np
 from _engines import Material, Run, engine
 from torch import Tensor
 
+from fqvit_plugin.integer.kernels import cpu_support
+
 _ORT = ['onnx', 'onnxruntime']
 _OPENVINO = ['onnx', 'openvino']
 
@@ -89,7 +91,10 @@ def _ort_qdq(material: Material) -> Run:
 def _exported(material: Material, target: str) -> Path:
     path = material.folder / f'qdq-{target}.onnx'
     to_onnx = importlib.import_module('fqvit_plugin.export').to_onnx
-    to_onnx(material.integer, path, form='qdq', target=target, images=material.calibration[0][:2])
+    # without VNNI onnxruntime's products of uint8 and int8 saturate
+    weights = 'uint8' if target == 'onnxruntime' and cpu_support() == 'saturating' else 'int8'
+    images = material.calibration[0][:2]
+    to_onnx(material.integer, path, form='qdq', target=target, images=images, weights=weights)
     return path
 
 
