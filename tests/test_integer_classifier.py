@@ -79,7 +79,7 @@ def test_the_native_engine_or_its_absence(job):
     root, cfg = job
     running = runner(integer_config(cfg, root / 'int.safetensors', **{'model.engine': 'native'}))
     if find_spec('fqvit_plugin.native') is None:
-        with pytest.raises(ValueError, match="engine='native' is not here .*; engine='torch' is"):
+        with pytest.raises(ValueError, match=r"engine='native' is not here .*; engine='torch' is"):
             running.test()
         return
     assert running.test().keys() == {'accuracy/top1'}
