@@ -15,6 +15,7 @@ import os
 import pickle
 import re
 from collections import Counter, OrderedDict
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.runner import CheckpointLoader
 from mmengine.utils import digit_version
 
-__all__ = ['damage_hint', 'install_mmengine_loader', 'load_checkpoint']
+__all__ = ['accept_suffix', 'damage_hint', 'install_mmengine_loader', 'load_checkpoint']
 
 _LOG = logging.getLogger(__name__)
 
@@ -249,12 +250,32 @@ def damage_hint(file: Path) -> str:
         return ': it is a Git LFS pointer, run `git lfs pull` to get the file itself'
     if start.lstrip()[:1] == b'<':
         return ': it looks like a saved web page, download the file itself'
+    if start[8:9] == b'{':  # safetensors: the header's length in eight bytes, then JSON
+        return (
+            ': it is a safetensors file. An integer checkpoint goes with a config of configs/integer/, of model '
+            "dict(type='fqvit_plugin.IntegerClassifier'); float weights, through tools/convert_checkpoint.py first"
+        )
     return ': it is truncated or of another format, download or save it again'
+
+
+#: File suffix -> who reads such a file instead of :func:`load_checkpoint`.
+_READERS: dict[str, Callable[[str], dict[str, Any]]] = {}
 
 
 def load_from_local(filename: str, map_location: Any = None) -> dict[str, Any]:
     """MMEngine's loader for local paths, by :func:`load_checkpoint`; raises what that raises."""
-    return load_checkpoint(filename, map_location)
+    reader = _READERS.get(Path(filename).suffix.lower())
+    return load_checkpoint(filename, map_location) if reader is None else reader(filename)
+
+
+def accept_suffix(suffix: str, reader: Callable[[str], dict[str, Any]]) -> None:
+    """Let MMEngine load local files that end in ``suffix`` by ``reader``.
+
+    Called by a model that can take what ``reader`` gives, when one is built: until then such a file is refused, and
+    no other model comes to hold half of it.
+    """
+    _READERS[suffix] = reader
+    CheckpointLoader.register_scheme('', loader=load_from_local, force=True)
 
 
 def install_mmengine_loader() -> None:

@@ -24,7 +24,8 @@ __all__ = ['HOOKS', 'LAYERS', 'OBSERVERS', 'QUANTIZERS', 'lookup']
 _SCOPE = 'fqvit_plugin'
 
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=_SCOPE, locations=['fqvit_plugin.hooks'])
-LAYERS = Registry('model', parent=MMENGINE_MODELS, scope=_SCOPE, locations=['fqvit_plugin.layers'])
+_MODULES = ['fqvit_plugin.layers', 'fqvit_plugin.integer.classifier']
+LAYERS = Registry('model', parent=MMENGINE_MODELS, scope=_SCOPE, locations=_MODULES)
 OBSERVERS = Registry('observer', scope=_SCOPE, locations=['fqvit_plugin.observers'])
 QUANTIZERS = Registry('quantizer', scope=_SCOPE, locations=['fqvit_plugin.quantizers'])
 

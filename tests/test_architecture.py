@@ -85,6 +85,7 @@ ORDER = [
     'integer.swin',
     'integer.convert',
     'integer.checkpoint',
+    'integer.classifier',
     'apis',
     'hooks',
     'timm_data',

@@ -38,6 +38,17 @@ def test_the_folder_holds_exactly_these_configs():
     assert {path.name for path in CONFIGS.glob('*.py')} == expected
 
 
+def test_every_network_has_a_config_for_its_integer_checkpoint():
+    assert {path.name for path in (CONFIGS / 'integer').glob('*.py')} == {f'fqvit_{name}_int.py' for name in EXPECTED}
+    for name in EXPECTED:
+        calibrated = Config.fromfile(CONFIGS / f'fqvit_{name}_w8a8.py')
+        cfg = Config.fromfile(CONFIGS / 'integer' / f'fqvit_{name}_int.py')
+        assert cfg.model == dict(type='fqvit_plugin.IntegerClassifier')
+        assert cfg.custom_hooks == []
+        for key in ('data_preprocessor', 'test_dataloader', 'val_dataloader', 'test_evaluator'):
+            assert cfg[key] == calibrated[key]
+
+
 @pytest.mark.parametrize('scheme', SCHEMES)
 @pytest.mark.parametrize('name', EXPECTED)
 def test_config(name, scheme):

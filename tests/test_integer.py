@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import platform
 import subprocess
 import sys
+import zlib
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fqvit_plugin.integer.checkpoint import _encode, load_integer, save_integer
+from fqvit_plugin.integer.checkpoint import load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.integer.kernels import KERNELS, int8_matmul, integer_sqrt
 from fqvit_plugin.intmath import int_layernorm, layernorm_constants
@@ -290,9 +293,56 @@ def test_files_that_are_no_integer_checkpoint(tmp_path):
     save_file({'a': torch.zeros(1)}, tmp_path / 'other')
     with pytest.raises(ValueError, match='no integer checkpoint'):
         load_integer(tmp_path / 'other')
-    save_file({'a': torch.zeros(1)}, tmp_path / 'newer', {'format': 'fqvit_plugin.integer', 'version': '99'})
-    with pytest.raises(ValueError, match='update it'):
-        load_integer(tmp_path / 'newer')
+    for version, message in (('99', 'update it'), ('1', 'export it again'), ('', 'export it again')):
+        save_file({'a': torch.zeros(1)}, tmp_path / 'other', {'format': 'fqvit_plugin.integer', 'version': version})
+        with pytest.raises(ValueError, match=message):
+            load_integer(tmp_path / 'other')
+
+
+def damage(tensors, part):
+    if part == 'no program':
+        del tensors['program']
+    elif part == 'no weight':
+        del tensors[next(name for name in tensors if name.endswith(':weight'))]
+    elif part == 'cut':
+        tensors['constants'] = tensors['constants'][:-9].clone()
+    else:  # shorter or longer than its contents
+        data = zlib.decompress(tensors['constants'].numpy().tobytes())
+        data = data[:-2] if part == 'short' else data + b'more'
+        tensors['constants'] = torch.frombuffer(bytearray(zlib.compress(data)), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize('part', ['no program', 'no weight', 'cut', 'short', 'long'])
+def test_a_damaged_integer_checkpoint_is_named(tmp_path, part):
+    path = tmp_path / 'int.safetensors'
+    save_integer(to_integer(calibrated(models.vit(), models.images(2))), path)
+    tensors = load_file(path)
+    damage(tensors, part)
+    save_file(tensors, path, {'format': 'fqvit_plugin.integer', 'version': '2'})
+    with pytest.raises(ValueError, match=r'int\.safetensors is a damaged integer checkpoint'):
+        load_integer(path)
+
+
+def test_the_file_is_read_as_the_document_says(tmp_path):
+    """docs/integer.md, followed with numpy alone."""
+    integer = to_integer(calibrated(models.swin(), models.images(2, 56), weight_bits=4), (56, 56))
+    save_integer(integer, tmp_path / 'int.safetensors')
+    tensors = {name: tensor.numpy() for name, tensor in load_file(tmp_path / 'int.safetensors').items()}
+    program = json.loads(zlib.decompress(tensors.pop('program').tobytes()))
+    block, start, found = zlib.decompress(tensors.pop('constants').tobytes()), 0, {}
+    for name, (kind, shape) in program['constants'].items():
+        count = math.prod(shape)
+        found[name] = np.frombuffer(block, kind, count, start).reshape(shape)
+        start += found[name].nbytes
+    assert start == len(block)
+    for name, packed in tensors.items():
+        halves = np.stack((packed & 15, packed >> 4), 1).ravel().astype(np.int8)
+        shape = program['int4'][name]
+        found[name] = np.where(halves > 7, halves - 16, halves)[: math.prod(shape)].reshape(shape)
+    assert found.keys() == integer.program.constants.keys()
+    for name, value in integer.program.constants.items():
+        assert np.array_equal(found[name], value.numpy()), name
+    assert [op['kind'] for op in program['ops']] == [op.kind for op in integer.program.ops]
 
 
 # ---------------------------------------------------------------- found by reading: each was wrong once
@@ -344,10 +394,12 @@ def test_narrow_layers_keep_their_reciprocal_in_64_bits():
 
 
 def test_the_lowest_code_is_not_taken_for_four_bits(tmp_path):
-    value = torch.tensor([[-128, -128, 3, -7]], dtype=torch.int8)
-    stored, encoding = _encode(value)
-    assert encoding is None
-    assert torch.equal(stored[''], value)
+    integer = to_integer(calibrated(models.vit(), models.images(2), weight_bits=4))
+    name = next(name for name in integer.program.constants if name.endswith(':weight'))
+    integer.program.constants[name][0, :2] = torch.tensor([-128, -9], dtype=torch.int8)
+    save_integer(integer, tmp_path / 'odd.safetensors')
+    loaded = load_integer(tmp_path / 'odd.safetensors').program.constants
+    assert torch.equal(loaded[name], integer.program.constants[name])
 
 
 def test_the_grid_before_gelu_follows_new_scales():

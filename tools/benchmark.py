@@ -6,15 +6,15 @@ import argparse
 import contextlib
 import itertools
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import _compare
+import _engines_onnx  # noqa: F401 - registers its engines
 import torch
 from _bench import (
     COMPILED,
@@ -29,6 +29,8 @@ from _bench import (
     machine,
     memory_of,
 )
+from _documents import check_writable, write_json
+from _engines import ENGINES
 from mmengine.config import DictAction
 from rich import box
 from rich.console import Console
@@ -51,11 +53,17 @@ of a piece's seconds by those of its base in the same round, with the smallest a
 
 Images are random: timing does not depend on what they show. So are weights without --checkpoint.
 
+With --engines, instead of all that: float and int8 of every engine on the same network, in the same rounds, each
+with --threads threads, as multiples of the fastest float32 engine; with --images, their top-1. It compares the CPU's.
+
 examples:
   python tools/benchmark.py configs/fqvit_deit_t_w8a8_attn4.py configs/fqvit_swin_t_w8a8_attn4.py
   python tools/benchmark.py configs/fqvit_deit_t_w8a8_attn4.py --pieces quant compile --json work_dirs/bench.json
   python tools/benchmark.py configs/fqvit_deit_t_w8a8_attn4.py --baseline work_dirs/bench.json
   python tools/benchmark.py configs/fqvit_vit_b_w8a8.py --memory --profile --batch-size 4
+  python tools/benchmark.py configs/fqvit_deit_s_w8a8.py --engines all --batch-sizes 1 8
+  python tools/benchmark.py configs/fqvit_deit_t_w8a8.py --engines torch,ort,ort-int8,integer --checkpoint deit.pth \\
+      --images ../shared/imagenet --batch-size 20
 
 exit codes: 0 done, 2 something is wrong with what was given (one line on stderr), 130 interrupted (what was finished
 is printed and written)
@@ -147,32 +155,6 @@ def read_baseline(path: Path) -> dict[str, Any]:
     return document
 
 
-def check_writable(path: Path) -> None:
-    """Find out before hours of measuring, not after.
-
-    Raises:
-        ValueError: ``path`` is a folder, or there is no such folder.
-        OSError: the folder cannot be written to.
-    """
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f'--json: there is no folder {folder}')
-    if path.is_dir():
-        raise ValueError(f'--json: {path} is a folder')
-    with tempfile.TemporaryFile(dir=folder):
-        pass
-
-
-def write_json(path: Path, document: dict[str, Any]) -> None:
-    """Write ``document``, or leave what was there."""
-    aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        aside.write_text(json.dumps(document, indent=1) + '\n', encoding='utf-8')
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """What it is about on the left, its numbers on the right."""
     table = Table(columns[0], box=box.SIMPLE_HEAD)
@@ -247,6 +229,14 @@ def _parser() -> argparse.ArgumentParser:
     add('--json', type=Path, metavar='FILE', help='write everything there too')
     add('--baseline', type=Path, metavar='FILE', help='compare with what --json wrote earlier')
     add('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='as in mim test')
+    add('--engines', metavar='NAME,...', help=f'compare these, or all: {",".join(ENGINES)}')
+    add('--batch-sizes', type=_positive, nargs='+', default=[1, 8], metavar='N', help="of --engines' timing (1 8)")
+    add(
+        '--images',
+        type=Path,
+        metavar='FOLDER',
+        help='with --engines: calib/ and val/ as tools/accuracy.py takes them',
+    )
     add('--memory-of', nargs=3, help=argparse.SUPPRESS)  # config, piece, batches: what the processes are called with
     return parser
 
@@ -380,6 +370,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             subject.load()
             print(json.dumps(memory_of(subject, piece, int(count))))
             return 0
+        if args.engines is not None:
+            _compare.compare_engines(args, settings_of(args), console)
+            return 0
+        if args.images is not None:
+            raise ValueError('--images goes with --engines')
         baseline = read_baseline(args.baseline) if args.baseline else None
         if args.json is not None:
             check_writable(args.json)

@@ -1,14 +1,16 @@
 """Integer checkpoints: one safetensors file that needs no config, no float weights, no data and no pickle.
 
-The header's metadata hold the program as JSON; the tensors are its constants. Two encodings save space: ``int4``
-packs two weights into a byte, ``runs`` keeps where a table changes and to what. ``docs/integer.md`` specifies both.
+Three kinds of tensors: each layer's weights, in int8 or two 4-bit weights to a byte; every other constant, one after
+the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,14 @@ from .program import Grid, IntegerModel, Op, Program
 __all__ = ['FORMAT', 'VERSION', 'load_integer', 'save_integer']
 
 FORMAT = 'fqvit_plugin.integer'
-VERSION = 1
+VERSION = 2
+
+#: Argument of the ``linear`` kernel: what its constants' names end in, and what is stored under its own name.
+_WEIGHT = ':weight'
+_DTYPES = {
+    str(dtype).removeprefix('torch.'): dtype
+    for dtype in (torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32)
+}
 
 
 def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, str] | None = None) -> int:
@@ -33,31 +42,31 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
         meta: texts that travel along, ``classes`` for instance.
     """
     tensors: dict[str, Tensor] = {}
-    encodings: dict[str, Any] = {}
+    packed: dict[str, list[int]] = {}
+    layout: dict[str, Any] = {}
+    block = bytearray()
     for name, value in model.program.constants.items():
-        stored, encoding = _encode(value)
-        tensors.update({name if not part else f'{name}/{part}': t for part, t in stored.items()})
-        if encoding:
-            encodings[name] = encoding
-    grids: dict[str, Any] = {}
-    for name, grid in model.program.grids.items():
-        grids[name] = {'zero': grid.zero, 'bits': grid.bits}
-        if len(grid.scale) == 1:
-            grids[name]['scale'] = grid.scale
+        if not name.endswith(_WEIGHT):
+            layout[name] = [str(value.dtype).removeprefix('torch.'), list(value.shape)]
+            block += value.numpy().tobytes()
+        elif value.min() >= -8 and value.max() <= 7:
+            tensors[name], packed[name] = _pack(value), list(value.shape)
         else:
-            tensors[f'{name}/scale'] = torch.tensor(grid.scale, dtype=torch.float32)
+            tensors[name] = value
     program = {
         'ops': [dataclasses.asdict(op) for op in model.program.ops],
         'output': model.program.output,
         'image_size': model.program.image_size,
-        'grids': grids,
-        'encodings': encodings,
+        'grids': {name: dataclasses.asdict(grid) for name, grid in model.program.grids.items()},
+        'int4': packed,
+        'constants': layout,
     }
-    metadata = {'format': FORMAT, 'version': str(VERSION), 'program': json.dumps(program, separators=(',', ':'))}
+    tensors['constants'] = _deflate(bytes(block))
+    tensors['program'] = _deflate(json.dumps(program, separators=(',', ':')).encode())
     target = Path(path)
     draft = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
     try:
-        save_file(tensors, draft, {**(meta or {}), **metadata})
+        save_file(tensors, draft, {**(meta or {}), 'format': FORMAT, 'version': str(VERSION)})
         draft.replace(target)
     finally:
         draft.unlink(missing_ok=True)
@@ -68,59 +77,78 @@ def load_integer(path: str | os.PathLike) -> IntegerModel:
     """The integer model that :func:`save_integer` wrote.
 
     Raises:
-        ValueError: no such file, not an integer checkpoint, or one of a newer version.
+        ValueError: no such file, not an integer checkpoint, one of another version, or a damaged one.
     """
     if not Path(path).is_file():
         raise ValueError(f'there is no integer checkpoint {path}')
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
+            _check_version(path, metadata)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     except SafetensorError as error:
         raise ValueError(f'{path} is not a safetensors file: {error}') from None
-    if metadata.get('format') != FORMAT:
-        raise ValueError(f'{path} is no integer checkpoint: its header does not say {FORMAT!r}')
-    if int(metadata['version']) > VERSION:
-        found = metadata['version']
-        raise ValueError(f'{path} has version {found}; this fqvit_plugin reads up to {VERSION}: update it')
-    model = IntegerModel(_program(json.loads(metadata['program']), tensors)).eval()
-    model.meta = {k: v for k, v in metadata.items() if k not in ('format', 'version', 'program')}
+    try:
+        program = _program(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError, zlib.error) as error:
+        raise ValueError(f'{path} is a damaged integer checkpoint, export it again: {error!r}') from None
+    model = IntegerModel(program).eval()
+    model.meta = {k: v for k, v in metadata.items() if k not in ('format', 'version')}
     return model
 
 
-def _program(stored: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
+def _check_version(path: str | os.PathLike, metadata: dict[str, str]) -> None:
+    if metadata.get('format') != FORMAT:
+        raise ValueError(f'{path} is no integer checkpoint: its header does not say {FORMAT!r}')
+    found = metadata.get('version', '')
+    if not found.isdigit() or int(found) < VERSION:
+        raise ValueError(f'{path} has version {found}, from before the first release: export it again')
+    if int(found) > VERSION:
+        raise ValueError(f'{path} has version {found}; this fqvit_plugin reads version {VERSION}: update it')
+
+
+def _program(tensors: dict[str, Tensor]) -> Program:
+    stored = json.loads(_inflate(tensors['program']))
+    constants = _unpack_block(stored['constants'], _inflate(tensors['constants']))
+    for name, tensor in tensors.items():
+        if name.endswith(_WEIGHT):
+            constants[name] = _unpack(tensor, *stored['int4'][name]) if name in stored['int4'] else tensor
     ops = tuple(Op(**{**op, 'inputs': tuple(op['inputs'])}) for op in stored['ops'])
-    names = [name for op in ops for name in op.constants.values()]
-    constants = {name: _decode(name, stored['encodings'].get(name), tensors) for name in names}
-    grids = {}
-    for name, grid in stored['grids'].items():
-        scale = grid.get('scale') or tensors[f'{name}/scale'].double().tolist()
-        grids[name] = Grid(tuple(scale), tuple(grid['zero']), grid['bits'])
+    names = dict.fromkeys(name for op in ops for name in op.constants.values())
+    grids = {
+        name: Grid(tuple(grid['scale']), tuple(grid['zero']), grid['bits']) for name, grid in stored['grids'].items()
+    }
     height, width = stored['image_size']
-    return Program(ops, constants, stored['output'], grids, (height, width))
+    return Program(ops, {name: constants[name] for name in names}, stored['output'], grids, (height, width))
 
 
-def _encode(value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Tensors by the suffix of their names, and how to read them; None for a tensor stored as it is."""
-    if value.dtype is torch.int8 and value.ndim == 1 and len(value) > 2**12:
-        starts = torch.cat((torch.ones(1, dtype=torch.bool), value.diff() != 0)).nonzero().flatten()
-        if len(starts) * 5 < len(value):
-            runs = {'starts': starts.to(torch.int32), 'values': value[starts]}
-            return runs, {'kind': 'runs', 'length': len(value)}
-    if value.dtype is torch.int8 and value.ndim == 2 and value.min() >= -8 and value.max() <= 7:
-        flat = torch.nn.functional.pad(value.flatten(), (0, value.numel() % 2)).to(torch.uint8) & 15
-        return {'int4': flat[0::2] | (flat[1::2] << 4)}, {'kind': 'int4', 'shape': list(value.shape)}
-    return {'': value}, None
+def _unpack_block(layout: dict[str, Any], block: bytearray) -> dict[str, Tensor]:
+    found, start = {}, 0
+    for name, (kind, shape) in layout.items():
+        dtype, count = _DTYPES[kind], math.prod(shape)
+        stop = start + count * dtype.itemsize
+        # a copy of its own: numbers in the block lie at any offset, and the block can be freed
+        found[name] = torch.frombuffer(block[start:stop], dtype=dtype).view(shape)
+        start = stop
+    if start != len(block):
+        raise ValueError(f'its constants take {start} bytes, and {len(block)} are stored')
+    return found
 
 
-def _decode(name: str, encoding: dict[str, Any] | None, tensors: dict[str, Tensor]) -> Tensor:
-    if encoding is None:
-        return tensors[name]
-    if encoding['kind'] == 'runs':
-        starts = tensors[f'{name}/starts'].to(torch.int64)
-        lengths = torch.cat((starts, torch.tensor([encoding['length']]))).diff()
-        return tensors[f'{name}/values'].repeat_interleave(lengths)
-    packed = tensors[f'{name}/int4']
+def _deflate(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(zlib.compress(data, 9)), dtype=torch.uint8)
+
+
+def _inflate(stored: Tensor) -> bytearray:
+    return bytearray(zlib.decompress(stored.numpy().tobytes()))
+
+
+def _pack(weight: Tensor) -> Tensor:
+    """Two weights of 4 bits to a byte, the first in the low half."""
+    flat = torch.nn.functional.pad(weight.flatten(), (0, weight.numel() % 2)).to(torch.uint8) & 15
+    return flat[0::2] | (flat[1::2] << 4)
+
+
+def _unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
     pairs = torch.stack((packed & 15, packed >> 4), dim=1).flatten().to(torch.int8)
-    rows, columns = encoding['shape']
     return ((pairs ^ 8) - 8)[: rows * columns].view(rows, columns)

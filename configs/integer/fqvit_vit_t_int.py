@@ -1,0 +1,4 @@
+_base_ = '../fqvit_vit_t_w8a8.py'
+
+model = dict(_delete_=True, type='fqvit_plugin.IntegerClassifier')
+custom_hooks = []
