@@ -77,7 +77,8 @@ class GridWatch(TorchFunctionMode):
         while 'torch' in Path(frame.f_code.co_filename).parts or frame.f_code.co_filename.endswith('phase.py'):
             frame = frame.f_back
         caller = type(frame.f_locals.get('self')).__name__
-        if Path(frame.f_code.co_filename).parent == BLOCKS and len(tensors) == 2:
+        file = Path(frame.f_code.co_filename)
+        if (file.parent == BLOCKS or file.name == 'exact.py') and len(tensors) == 2:
             elementwise = self._alike(*tensors)
             # MViT's attention adds the pooled query to the accumulator, and quantizes once, after
             sequences = all(t.ndim == 3 for t in tensors) and caller != 'QMultiScaleAttention'

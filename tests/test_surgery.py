@@ -27,6 +27,7 @@ from fqvit_plugin import (
     quantize_model_,
 )
 from fqvit_plugin.blocks.common import linked
+from fqvit_plugin.exact import reals
 from fqvit_plugin.lifecycle import named_quantizers, phase_of
 from fqvit_plugin.phase import Phase, QuantLayer
 from fqvit_plugin.surgery import check_model, covered_backbones, find_classifier
@@ -263,7 +264,7 @@ def test_attention_probabilities_are_normalized_powers_of_two():
     outputs = []
     for module in model.modules():
         if isinstance(module, QIntSoftmax):
-            module.register_forward_hook(lambda _, __, y: outputs.append(y))
+            module.register_forward_hook(lambda _, __, y: outputs.append(reals(y)))
     run(model, x)
     assert len(outputs) == 4
     for p in outputs:
@@ -280,7 +281,7 @@ def test_shifted_windows_do_not_look_across_their_border():
     mask = attn.get_attn_mask((14, 14), attn.window_size, attn.shift_size, x.device)
     assert (mask < 0).any()
     outputs = []
-    attn.w_msa.probs.register_forward_hook(lambda _, __, y: outputs.append(y))
+    attn.w_msa.probs.register_forward_hook(lambda _, __, y: outputs.append(reals(y)))
     run(model, x)
     probs = outputs[0].view(len(x), *mask.shape[:1], -1, *mask.shape[1:])  # (B, windows, heads, N, N)
     forbidden = (mask < 0)[None, :, None].expand_as(probs)

@@ -70,7 +70,7 @@ def mean(x: Tensor, x_act: Any, dims: tuple[int, ...]) -> Tensor | Exact:
     """The mean over ``dims`` of a tensor on the grid of ``x_act``, where it is known."""
     if x_act is None or not x_act.is_exact or x_act.scale.ndim:
         return x.mean(dims)
-    count = math.prod(x.shape[d] for d in dims)
+    count = math.prod([x.shape[d] for d in dims])
     return Sums(whole_steps(x, x_act.scale).sum(dims), (x_act.scale,), 1 / count)
 
 
