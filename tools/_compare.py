@@ -66,7 +66,7 @@ def cpu_features(text: str | None = None) -> list[str]:
 
 def fastest_float(rows: Sequence[Row], batch: int) -> Row | None:
     """The float32 engine with the smallest median, None if none ran."""
-    ran = [row for row in rows if row.precision == 'float32' and row.seconds.get(batch)]
+    ran = [row for row in rows if row.precision == 'float32' and row.problem is None and row.seconds.get(batch)]
     return min(ran, key=lambda row: statistics.median(row.seconds[batch]), default=None)
 
 
@@ -155,7 +155,7 @@ class Comparison:
 
 
 def table(rows: Sequence[Row], batches: Sequence[int]) -> Table:
-    """Medians and speeds for a terminal; what did not run says why."""
+    """Medians and speeds for a terminal, of all that ran; the footer says why others did not."""
     scored = any(row.top1 is not None for row in rows)
     result = Table('engine', 'precision', box=box.SIMPLE_HEAD)
     for batch in batches:
@@ -164,7 +164,7 @@ def table(rows: Sequence[Row], batches: Sequence[int]) -> Table:
     if scored:
         result.add_column('top-1', justify='right', no_wrap=True)
     for row in rows:
-        if row.problem is None:
+        if row.problem is None or row.seconds:
             cells = [cell for batch in batches for cell in _cells(row, fastest_float(rows, batch), batch)]
             top1 = [] if row.top1 is None else [f'{row.top1:.2f}']
             result.add_row(row.name, row.precision, *cells, *top1)
