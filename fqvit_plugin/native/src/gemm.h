@@ -29,23 +29,35 @@ struct Panels {
 
 FQ_INLINE int64_t fours(int64_t depth) { return (depth + 3) / 4; }
 
+// f(0), f(1), ..., f(N - 1) written out, with constants: compilers then keep arrays of vectors in registers.
+template <int... I, typename F>
+FQ_INLINE void repeat(std::integer_sequence<int, I...>, F f) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename F>
+FQ_INLINE void repeat(F f) {
+  repeat(std::make_integer_sequence<int, N>{}, f);
+}
+
 // out[ROWS][...] = start + a w. The last four of a row may lie behind it, where weights are 0.
 template <int ROWS, int VECTORS>
 static void tile(const uint8_t* a, int64_t stride, const int8_t* w, int64_t depth, const int32_t* start, int32_t* out,
                  int64_t out_stride) {
   vint sums[ROWS][VECTORS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) sums[r][v] = load(start + v * LANES);
+  repeat<ROWS>([&](auto r) FQ_ALWAYS {
+    repeat<VECTORS>([&](auto v) FQ_ALWAYS { sums[r][v] = load(start + v * LANES); });
+  });
   for (int64_t d = 0; d < depth; ++d) {
     vweights weights[VECTORS];
-    for (int v = 0; v < VECTORS; ++v) weights[v] = load_weights(w + (d * VECTORS + v) * 4 * LANES);
-    for (int r = 0; r < ROWS; ++r) {
+    repeat<VECTORS>([&](auto v) FQ_ALWAYS { weights[v] = load_weights(w + (d * VECTORS + v) * 4 * LANES); });
+    repeat<ROWS>([&](auto r) FQ_ALWAYS {
       vbytes bytes = spread_bytes(a + r * stride + 4 * d);
-      for (int v = 0; v < VECTORS; ++v) sums[r][v] = dot(sums[r][v], bytes, weights[v]);
-    }
+      repeat<VECTORS>([&](auto v) FQ_ALWAYS { sums[r][v] = dot(sums[r][v], bytes, weights[v]); });
+    });
   }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECTORS; ++v) store(out + r * out_stride + v * LANES, sums[r][v]);
+  repeat<ROWS>([&](auto r) FQ_ALWAYS {
+    repeat<VECTORS>([&](auto v) FQ_ALWAYS { store(out + r * out_stride + v * LANES, sums[r][v]); });
+  });
 }
 
 using Tile = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, const int32_t*, int32_t*, int64_t);

@@ -15,7 +15,8 @@
 #include <immintrin.h>
 #endif
 
-#define FQ_INLINE static inline __attribute__((always_inline))
+#define FQ_ALWAYS __attribute__((always_inline))
+#define FQ_INLINE static inline FQ_ALWAYS
 
 namespace fq {
 
