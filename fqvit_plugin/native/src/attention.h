@@ -18,7 +18,7 @@ struct Head {
 
   Head(const Attention& attention, Scratch& scratch)
       : g(attention),
-        key_panels(g.keys),
+        key_panels(g.keys + 1),  // and a column of ones, which sums the queries' bytes
         value_panels(g.value_depth),
         depth(fours(g.depth)),
         key_fours(fours(g.keys)),
@@ -51,32 +51,67 @@ FQ_INLINE uint32_t signed_four(const uint8_t* p) {
   return four ^ 0x80808080u;
 }
 
+#if defined(__SSE2__)
+FQ_INLINE __m128i signed_sixteen(const uint8_t* p) {
+  return _mm_xor_si128(_mm_loadu_si128((const __m128i*)p), _mm_set1_epi8(-128));
+}
+FQ_INLINE void store_sixteen(int8_t* p, __m128i x) { _mm_storeu_si128((__m128i*)p, x); }
+
+// Four rows of sixteen bytes, in fours: out[four][row][4], `step` bytes from four to four.
+FQ_INLINE void transpose_fours(const uint8_t* p, int64_t row, int8_t* out, int64_t step) {
+  __m128i a = signed_sixteen(p), b = signed_sixteen(p + row), c = signed_sixteen(p + 2 * row), d = signed_sixteen(p + 3 * row);
+  __m128i ab = _mm_unpacklo_epi32(a, b), cd = _mm_unpacklo_epi32(c, d);
+  store_sixteen(out, _mm_unpacklo_epi64(ab, cd));
+  store_sixteen(out + step, _mm_unpackhi_epi64(ab, cd));
+  ab = _mm_unpackhi_epi32(a, b), cd = _mm_unpackhi_epi32(c, d);
+  store_sixteen(out + 2 * step, _mm_unpacklo_epi64(ab, cd));
+  store_sixteen(out + 3 * step, _mm_unpackhi_epi64(ab, cd));
+}
+
+// Four rows of sixteen bytes: out[byte][row].
+FQ_INLINE void interleave(const uint8_t* p, int64_t row, int8_t* out) {
+  __m128i a = signed_sixteen(p), b = signed_sixteen(p + row), c = signed_sixteen(p + 2 * row), d = signed_sixteen(p + 3 * row);
+  __m128i ab = _mm_unpacklo_epi8(a, b), cd = _mm_unpacklo_epi8(c, d);
+  store_sixteen(out, _mm_unpacklo_epi16(ab, cd));
+  store_sixteen(out + 16, _mm_unpackhi_epi16(ab, cd));
+  ab = _mm_unpackhi_epi8(a, b), cd = _mm_unpackhi_epi8(c, d);
+  store_sixteen(out + 32, _mm_unpacklo_epi16(ab, cd));
+  store_sixteen(out + 48, _mm_unpackhi_epi16(ab, cd));
+}
+#endif
+
 // Keys as packed weights of queries x keys, and what takes the zero points off the columns.
 static inline void pack_keys(const Head& h, const uint8_t* k) {
   const Attention& g = h.g;
+  const uint8_t ones[4] = {1, 1, 1, 1};
   uint32_t last = g.depth % 4 == 0 ? ~0u : (1u << (8 * (g.depth % 4))) - 1;
   for (int64_t p = 0; p < h.key_panels.count; ++p) {
     int64_t column = h.key_panels.start(p), columns = h.key_panels.width(p) * LANES;
     int8_t* out = h.keys + column * h.depth * 4;
-    for (int64_t c = 0; c < columns; ++c) {
+    int64_t c = 0;
+#if defined(__SSE2__)
+    for (; g.depth % 16 == 0 && c + 4 <= columns && column + c + 4 <= g.keys; c += 4)
+      for (int64_t d = 0; d < h.depth; d += 4)
+        transpose_fours(k + (column + c) * g.k_row + 4 * d, g.k_row, out + (d * columns + c) * 4, 4 * columns);
+#endif
+    for (; c < columns; ++c) {
       const uint8_t* row = k + (column + c) * g.k_row;
-      bool inside = column + c < g.keys;
       for (int64_t d = 0; d < h.depth; ++d) {
-        uint32_t four = inside ? signed_four(row + 4 * d) : 0;
+        uint32_t four = column + c < g.keys ? signed_four(row + 4 * d) : (column + c == g.keys ? 0x01010101u : 0);
         if (d == h.depth - 1) four &= last;
         std::memcpy(out + (d * columns + c) * 4, &four, 4);
       }
     }
-    const uint8_t ones[4] = {1, 1, 1, 1};
     vint zero = spread(static_cast<int32_t>(-(g.zero_q + 128)));
     vint all = spread(static_cast<int32_t>((g.zero_q + 128) * g.zero_k * g.depth));
-    for (int64_t c = 0; c < columns; c += LANES) {
+    for (c = 0; c < columns; c += LANES) {
       vint total = spread(int32_t{0});
       for (int64_t d = 0; d < h.depth; ++d)
         total = dot(total, spread_bytes(ones), load_weights(out + (d * columns + c) * 4));
       store(h.start + column + c, add(all, multiply(zero, total)));
     }
   }
+  h.start[g.keys] = 0;
 }
 
 // Values as packed weights of powers x values.
@@ -84,12 +119,17 @@ static inline void pack_values(const Head& h, const uint8_t* v) {
   const Attention& g = h.g;
   for (int64_t p = 0; p < h.value_panels.count; ++p) {
     int64_t column = h.value_panels.start(p), columns = h.value_panels.width(p) * LANES;
-    int8_t* out = h.values + column * h.key_fours * 4;
     int64_t inside = g.value_depth - column < columns ? g.value_depth - column : columns;
-    for (int64_t t = 0; t < h.key_fours * 4; ++t) {
-      int8_t* to = out + t / 4 * columns * 4 + t % 4;
-      const uint8_t* row = v + t * g.v_row + column;
-      for (int64_t c = 0; c < columns; ++c) to[4 * c] = t < g.keys && c < inside ? static_cast<int8_t>(row[c] ^ 0x80) : 0;
+    for (int64_t t = 0; t < g.keys; t += 4) {
+      int8_t* out = h.values + column * h.key_fours * 4 + t * columns;
+      const uint8_t* rows = v + t * g.v_row + column;
+      int64_t c = 0;
+#if defined(__SSE2__)
+      for (; t + 4 <= g.keys && c + 16 <= inside; c += 16) interleave(rows + c, g.v_row, out + 4 * c);
+#endif
+      for (; c < columns; ++c)
+        for (int64_t i = 0; i < 4; ++i)
+          out[4 * c + i] = t + i < g.keys && c < inside ? static_cast<int8_t>(rows[i * g.v_row + c] ^ 0x80) : 0;
     }
   }
 }
@@ -105,10 +145,8 @@ static inline void logits_of(const Head& h, const uint8_t* q, int rows, const ui
   vint sum_low = spread(static_cast<int32_t>(g.sum.low)), sum_high = spread(static_cast<int32_t>(g.sum.high));
   vint zero = spread(*g.logits.zero);
   for (int r = 0; r < rows; ++r) {
-    int32_t total = 0;
-    for (int64_t d = 0; d < g.depth; ++d) total += q[r * g.q_row + d];
-    vint row = spread(static_cast<int32_t>(-g.zero_k) * total);
     const int32_t* sums = h.sums + r * h.sum_stride;
+    vint row = spread(static_cast<int32_t>(-g.zero_k) * sums[g.keys]);
     for (int64_t t = 0; t < g.keys; t += LANES) {
       vreal y = multiply_add(to_real(add(load(sums + t), row)), gain, offset);
       if (g.logits.wide) y = clamp(y, -1073741824.0, 1073741823.0);
@@ -220,7 +258,7 @@ static void run(const Attention& g, Job& job) {
   int64_t cuts = heads >= 4 * job.threads || job.threads == 1 ? 1 : (most < 4 ? most : 4);
   int64_t length = ((g.queries + cuts - 1) / cuts + QUERIES - 1) / QUERIES * QUERIES;
   cuts = (g.queries + length - 1) / length;
-  for (int64_t part = job.next(); part < heads * cuts; part = job.next()) {
+  job.parts(heads * cuts, [&](int64_t part) {
     int64_t group = part / (g.heads * cuts), head = part / cuts % g.heads, from = part % cuts * length;
     int64_t to = from + length < g.queries ? from + length : g.queries;
     const uint8_t* q = job.memory.at(g.q) + g.q_first + group * g.q_size + head * g.q_head;
@@ -234,7 +272,7 @@ static void run(const Attention& g, Job& job) {
       logits_of(h, q + n * g.q_row, rows, bias == nullptr ? nullptr : bias + n * g.keys);
       attend(h, rows, mask == nullptr ? nullptr : mask + n * g.keys, y + n * g.y_row);
     }
-  }
+  });
 }
 
 }  // namespace fq

@@ -157,53 +157,52 @@ class Scratch {
   size_t size_ = 0;
 };
 
-struct alignas(64) Counter {
-  std::atomic<int64_t> value{0};
+// Parts of a step that were taken, and that are done.
+struct Progress {
+  alignas(64) std::atomic<int64_t> taken{0};
+  alignas(64) std::atomic<int64_t> done{0};
 };
 
-// The parts of one step, which threads take as they come.
+// One step as a thread sees it. Threads take parts as they come, and go on when all parts are done: a thread that the
+// system has put aside holds nobody up unless it was put aside with a part in hand.
 struct Job {
   const Memory& memory;
-  Counter& counter;
+  Progress& progress;
   Scratch& scratch;
   int threads;
-  int64_t next(int64_t count = 1) { return counter.value.fetch_add(count, std::memory_order_relaxed); }
-  // calls work(from, to) until `size` items are done
+
+  // work(part) for every part, by whichever thread
+  template <typename Work>
+  void parts(int64_t count, Work work) {
+    for (;;) {
+      int64_t part = progress.taken.fetch_add(1, std::memory_order_relaxed);
+      if (part >= count) break;
+      work(part);
+      progress.done.fetch_add(1, std::memory_order_release);
+    }
+    for (int spins = 0; progress.done.load(std::memory_order_acquire) < count; ++spins) {
+      if (spins < 1000)
+        rest();
+      else
+        std::this_thread::yield();
+    }
+  }
+
+  // work(from, to) over `size` items, at least `smallest` together
   template <typename Work>
   void share(int64_t size, int64_t smallest, Work work) {
     int64_t part = size / (threads * 4) + 1;
     if (part < smallest) part = smallest;
-    for (int64_t from = next(part); from < size; from = next(part)) work(from, from + part < size ? from + part : size);
-  }
-};
-
-// Threads wait here for each other. They spin, since steps take microseconds, and give way when others need the core.
-class Barrier {
- public:
-  void expect(int threads) { threads_ = threads; }
-  void wait() {
-    if (threads_ == 1) return;
-    int64_t round = round_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-      arrived_.store(0, std::memory_order_relaxed);
-      round_.store(round + 1, std::memory_order_release);
-      return;
-    }
-    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
-      if (spins < 4000) {
-#if defined(__x86_64__) || defined(__i386__)
-        __builtin_ia32_pause();
-#endif
-      } else {
-        std::this_thread::yield();
-      }
-    }
+    parts((size + part - 1) / part,
+          [&](int64_t i) { work(i * part, (i + 1) * part < size ? (i + 1) * part : size); });
   }
 
  private:
-  int threads_ = 1;
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int64_t> round_{0};
+  static void rest() {
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+  }
 };
 
 }  // namespace fq

@@ -22,14 +22,13 @@ static const Runner RUNNERS[] = {run_as<Gemm>,    run_as<Attention>, run_as<Norm
 static const int64_t SIZES[] = {sizeof(Gemm), sizeof(Attention), sizeof(Norm),     sizeof(Gather), sizeof(Prepend),
                                 sizeof(Add),  sizeof(Lookup),    sizeof(Quantize), sizeof(Mean)};
 
-static void work(const Step* steps, int64_t count, const Memory& memory, Counter* counters, Barrier& barrier,
-                 int threads, int thread, double* seconds) {
+static void work(const Step* steps, int64_t count, const Memory& memory, Progress* progress, int threads, int thread,
+                 double* seconds) {
   Scratch scratch;
   auto last = std::chrono::steady_clock::now();
   for (int64_t i = 0; i < count; ++i) {
-    Job job{memory, counters[i], scratch, threads};
+    Job job{memory, progress[i], scratch, threads};
     RUNNERS[steps[i].kind](steps[i].arguments, job);
-    barrier.wait();
     if (seconds != nullptr && thread == 0) {
       auto now = std::chrono::steady_clock::now();
       seconds[i] += std::chrono::duration<double>(now - last).count();
@@ -62,19 +61,13 @@ int64_t fq_packed_size(int64_t columns, int64_t depth) { return fq::Panels(colum
 void fq_run(const fq::Step* steps, int64_t count, uint8_t* arena, const float* image, int64_t batch, int threads,
             double* seconds) {
   const fq::Memory memory{arena, image, batch};
-  std::vector<fq::Counter> counters(count);
+  std::vector<fq::Progress> progress(count);
 #if defined(_OPENMP)
-  fq::Barrier barrier;
 #pragma omp parallel num_threads(threads)
-  {
-#pragma omp single
-    barrier.expect(omp_get_num_threads());
-    fq::work(steps, count, memory, counters.data(), barrier, omp_get_num_threads(), omp_get_thread_num(), seconds);
-  }
+  fq::work(steps, count, memory, progress.data(), omp_get_num_threads(), omp_get_thread_num(), seconds);
 #else
   (void)threads;
-  fq::Barrier barrier;
-  fq::work(steps, count, memory, counters.data(), barrier, 1, 0, seconds);
+  fq::work(steps, count, memory, progress.data(), 1, 0, seconds);
 #endif
 }
 }

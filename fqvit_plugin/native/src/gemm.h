@@ -181,7 +181,7 @@ static void run(const Gemm& g, Job& job) {
   int64_t blocks = (rows + 95) / 96, block = (rows + blocks - 1) / blocks;
   block = (block + 5) / 6 * 6;
   blocks = (rows + block - 1) / block;
-  for (int64_t part = job.next(); part < blocks * panels.count; part = job.next()) {
+  job.parts(blocks * panels.count, [&](int64_t part) {
     int64_t from = part / panels.count * block, to = from + block < rows ? from + block : rows, p = part % panels.count;
     if (g.requant.table != nullptr)
       gemm_part<true, false>(g, job.memory, from, to, panels, p);
@@ -189,7 +189,7 @@ static void run(const Gemm& g, Job& job) {
       gemm_part<false, true>(g, job.memory, from, to, panels, p);
     else
       gemm_part<false, false>(g, job.memory, from, to, panels, p);
-  }
+  });
 }
 
 }  // namespace fq

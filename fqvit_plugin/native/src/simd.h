@@ -13,6 +13,8 @@
 #elif defined(__AVX2__) && defined(__FMA__)
 #define FQ_AVX2 1
 #include <immintrin.h>
+#elif defined(__SSE2__)
+#include <emmintrin.h>
 #endif
 
 #define FQ_ALWAYS __attribute__((always_inline))
