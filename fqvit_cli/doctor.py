@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 
 __all__ = ['main', 'problems', 'satisfies']
 
@@ -112,6 +113,20 @@ def import_problem(module: str) -> str | None:
     return (run.stderr.strip().splitlines() or [f'ended with status {run.returncode}'])[-1]
 
 
+def native_engine() -> str:
+    """Whether the engine of ``NativeModel`` can be compiled here; built if it is not yet. Optional: never a problem."""
+    package = importlib.util.find_spec('fqvit_plugin')
+    folders = [] if package is None else package.submodule_search_locations or []
+    source = next((path for folder in folders if (path := Path(folder, 'native', 'build.py')).is_file()), None)
+    spec = None if source is None else importlib.util.spec_from_file_location('fqvit_native_build', source)
+    if spec is None or spec.loader is None:
+        return 'not there'
+    build = importlib.util.module_from_spec(spec)  # alone: the package would import torch
+    spec.loader.exec_module(build)
+    said = build.native_problem()
+    return f'{build.library().fq_isa().decode()}, compiled by {build.compiler()}' if said is None else str(said)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print versions and problems; 1 if there are any."""
     parser = argparse.ArgumentParser(
@@ -129,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = problems(asked, has_pkg_resources=importlib.util.find_spec('pkg_resources') is not None)
     if not asked:
         print('\nfqvit_plugin runs from a folder and is not installed: the versions it needs are not checked')
+    print(f'\nnative engine: {native_engine()}')
     if installed('openmim') is None:
         print("\nmim is not installed; `mim test mmpretrain ...` needs it: pip install 'openmim>=0.3.9'")
     said = import_problem('fqvit_plugin')

@@ -1,5 +1,1 @@
-"""The native engine: integer programs as fused steps of C++, compiled on first use."""
-
-from .model import NativeModel, Timing
-
-__all__ = ['NativeModel', 'Timing']
+"""The native engine: integer programs as fused steps of C++, compiled on first use; see :mod:`.model`."""

@@ -110,7 +110,12 @@ def _bias(planner: Planner, add: Op, scores: str, shape: tuple[int, int, int]) -
         return None
     value = planner.constants(other)['value']
     to = made.sum_fields(1, constants, dict(add.settings), swap)
-    if to is None or value.dtype is not torch.int8 or torch.Size(shape) != value.shape[-3:] or value.numel() != shape_size(shape):
+    if (
+        to is None
+        or value.dtype is not torch.int8
+        or torch.Size(shape) != value.shape[-3:]
+        or value.numel() != shape_size(shape)
+    ):
         return None
     return dict(bias=(value.to(torch.int16) + 128).to(torch.uint8).contiguous(), sum=to)
 

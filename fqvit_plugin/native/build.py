@@ -31,7 +31,7 @@ def native_problem() -> str | None:
     """Why the engine cannot be built here, with what to do; None if it can or is there already."""
     try:
         library()
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         return str(error)
     return None
 

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ['attend_fields', 'norm_fields', 'packed', 'padded', 'requant', 'sum_bound', 'sum_fields', 'table_of', 'zero_start']
+__all__ = [
+    'attend_fields',
+    'norm_fields',
+    'packed',
+    'padded',
+    'requant',
+    'sum_bound',
+    'sum_fields',
+    'table_of',
+    'zero_start',
+]
 
 _EXACT = 2.0**52
 _WIDE = 2.0**30
@@ -80,7 +90,9 @@ def table_of(table: Tensor) -> Tensor:
     return torch.cat((table.to(torch.int16) + 128, torch.zeros(64))).to(torch.uint8)
 
 
-def sum_fields(columns: int, constants: dict[str, Tensor], settings: dict[str, Any], swap: bool) -> dict[str, Any] | None:
+def sum_fields(
+    columns: int, constants: dict[str, Tensor], settings: dict[str, Any], swap: bool
+) -> dict[str, Any] | None:
     """The fields of a Sum for the kernel ``add``, or None where doubles might round.
 
     Args:
@@ -109,8 +121,14 @@ def sum_fields(columns: int, constants: dict[str, Tensor], settings: dict[str, A
     )
 
 
-def norm_fields(channels: int, constants: dict[str, Tensor], settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The fields of a Norm for the kernel ``layernorm``, without its tensors; None where doubles might round."""
+def norm_fields(
+    channels: int, bits: int, constants: dict[str, Tensor], settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The fields of a Norm for the kernel ``layernorm``, without its tensors; None where numbers might not fit.
+
+    Args:
+        bits: of its input's codes.
+    """
     factor = 1 << constants['factors'].int()
     center = (constants['zero'].int() + 128) * factor
     largest = float(torch.maximum((255 * factor - center).abs(), center.abs()).max())
@@ -118,9 +136,10 @@ def norm_fields(channels: int, constants: dict[str, Tensor], settings: dict[str,
     offset = constants['offset'].long() + (1 << (shifts - 1))
     x_hat = 2.0**17 * channels**0.5  # |x_hat| <= sqrt(C) 2**16, and a little for the floored root
     sums = float((gain.abs() * x_hat + offset.double().abs()).max())
-    if largest >= 2**12 * 1.4 or largest * channels >= 2**30 or sums >= _EXACT or any(
-        constants[name].ndim > 1 for name in ('zero', 'out_zero')
-    ):  # fmt: skip
+    variance = (channels * (2**bits - 1) * float(factor.max()) / 2) ** 2 + settings['guard']
+    radicand = variance * 4.0 ** settings['root_bits']
+    # squares of 64 u fit 32 bits, so do C u and their sum; the radicand fits 64
+    if largest >= 5700 or largest * channels >= 2**30 or radicand >= 2.0**62 or sums >= _EXACT:
         return None
     low, high = _byte_limits(settings['bits'])
     shrink = torch.exp2(-shifts.double())

@@ -270,7 +270,8 @@ class Planner:
 
     def _layernorm(self, op: Op) -> bool:
         view, channels = self.view(op.inputs[0]), self.shapes[op.output][-1]
-        to = made.norm_fields(channels, self.constants(op), dict(op.settings))
+        grid = self.program.grids.get(op.inputs[0])
+        to = made.norm_fields(channels, grid.bits if grid else 8, self.constants(op), dict(op.settings))
         if view is None or to is None:
             return False
         source = None if self.shapes[view.base][-1] != channels else view.rows(channels)

@@ -76,7 +76,7 @@ _PLACES = frozenset({'x', 'y', 'a', 'b', 'q', 'k', 'v', 'residual'})
 class Step(ctypes.Structure):
     """A kind and a pointer to its struct."""
 
-    _fields_ = [('kind', _N), ('arguments', _P)]  # noqa: RUF012 - what ctypes wants
+    _fields_ = [('kind', _N), ('arguments', _P)]
 
 
 @dataclass(frozen=True)
@@ -111,13 +111,15 @@ def check_sizes(library: ctypes.CDLL) -> None:
     """
     for i, (kind, struct) in enumerate(KINDS.items()):
         if library.fq_size(i) != ctypes.sizeof(struct):
-            raise RuntimeError(f'the struct {kind} has {library.fq_size(i)} bytes in C++, {ctypes.sizeof(struct)} here')
+            raise RuntimeError(
+                f'the struct {kind} has {library.fq_size(i)} bytes in C++, {ctypes.sizeof(struct)} here'
+            )
 
 
 def linked(step: NativeStep, offsets: Mapping[str, int]) -> ctypes.Structure:
     """The struct of ``step``, with buffers at ``offsets``. Constants must outlive it."""
     struct = KINDS[step.kind]()
-    if 'residual' in dict(KINDS[step.kind]._fields_):
+    if step.kind == 'gemm':
         struct.residual = -1
     for name, value in step.fields.items():
         setattr(struct, name, offsets[value] if name in _PLACES else _plain(struct, name, value))
