@@ -114,7 +114,7 @@ def import_problem(module: str) -> str | None:
 
 
 def native_engine() -> str:
-    """Whether the engine of ``NativeModel`` can be compiled here; built if it is not yet. Optional: never a problem."""
+    """Whether the engine of ``NativeModel`` compiles here, or did. The package works without: never a problem."""
     package = importlib.util.find_spec('fqvit_plugin')
     folders = [] if package is None else package.submodule_search_locations or []
     source = next((path for folder in folders if (path := Path(folder, 'native', 'build.py')).is_file()), None)

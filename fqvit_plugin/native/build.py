@@ -105,4 +105,4 @@ def _cpu() -> str:
     except OSError:
         return f'{platform.machine()} {platform.processor()}'
     wanted = ('model name', 'flags', 'Features', 'CPU part')
-    return '\n'.join(dict((line.split(':')[0].strip(), line) for line in lines if line.startswith(wanted)).values())
+    return '\n'.join({line.split(':')[0].strip(): line for line in lines if line.startswith(wanted)}.values())

@@ -107,7 +107,7 @@ class NativeModel(nn.Module):
         with self._lock:
             arena = self._memory(layout.size * batch + 2 * _ALIGN)
             found = self._steps(image, layout, arena, seconds)
-            wanted = self._plan.shapes if keep else [self._plan.output]
+            wanted = [n for n in self._plan.shapes if n not in self._plan.hidden] if keep else [self._plan.output]
             return {n: found[n] if n in found else layout.codes(n, arena, batch) for n in wanted}
 
     def _memory(self, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Turns an integer program into fused steps: what belongs together is found by pattern, what is not stays with torch."""
+"""Turns an integer program into fused steps. What belongs together is found by pattern; the rest stays with torch."""
 
 from __future__ import annotations
 
@@ -51,12 +51,14 @@ class Plan:
         shapes: of every tensor of codes that lies in a buffer, for two images.
         values: constants that torch's steps read.
         output: the buffer, or the value of a torch step, with the logits' codes.
+        hidden: buffers that are no tensors of the program.
     """
 
     steps: list[NativeStep | TorchStep] = field(default_factory=list)
     shapes: dict[str, Shape] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
     output: str = ''
+    hidden: set[str] = field(default_factory=set)
 
 
 class Planner:
@@ -81,6 +83,8 @@ class Planner:
             sizes = {k: tuple(program.constants[name].shape) for k, name in op.constants.items()}
             self.shapes[op.output] = shape_after(op, [self.shapes[n] for n in op.inputs], sizes)
         self._done: set[str] = set()
+        # tensors whose channels lie in another order: the buffer, and where each channel comes from
+        self._reordered: dict[str, tuple[str, Tensor]] = {}
 
     def plan(self) -> Plan:
         """The steps."""
@@ -210,9 +214,11 @@ class Planner:
 
     def _linear(self, op: Op) -> bool:
         affine = self.only_user(op.output)
-        if affine is None or affine.kind != 'affine' or self.view(op.inputs[0]) is None:
+        x, order = self._reordered.get(op.inputs[0], (op.inputs[0], None))
+        if affine is None or affine.kind != 'affine' or self.view(x) is None:
             return False
         weight, zero = self.constants(op)['weight'], op.settings['zero']
+        weight = weight if order is None else weight[:, order]
         columns, depth = weight.shape
         lookup = self.only_user(affine.output)
         table = self.constants(lookup)['table'] if lookup is not None and lookup.kind == 'lookup' else None
@@ -226,7 +232,7 @@ class Planner:
             output = lookup.output
             done.append(output)
         fields: dict[str, Any] = dict(
-            x=self.place(op.inputs[0]), rows=self.size(op.output) // columns, columns=columns, depth=depth,
+            x=self.place(x), rows=self.size(op.output) // columns, columns=columns, depth=depth,
             weight=made.packed(self.library, weight), start=made.zero_start(weight, zero), requant=to,
         )  # fmt: skip
         if table is None:
@@ -271,9 +277,12 @@ class Planner:
     def _layernorm(self, op: Op) -> bool:
         view, channels = self.view(op.inputs[0]), self.shapes[op.output][-1]
         grid = self.program.grids.get(op.inputs[0])
-        to = made.norm_fields(channels, grid.bits if grid else 8, self.constants(op), dict(op.settings))
+        bits = grid.bits if grid else 8
+        to = made.norm_fields(channels, bits, self.constants(op), dict(op.settings))
         if view is None or to is None:
             return False
+        if self._merging(op, view, channels, bits):
+            return True
         source = None if self.shapes[view.base][-1] != channels else view.rows(channels)
         if source is None or bool((source < 0).any()):
             self.place(op.inputs[0])
@@ -287,8 +296,33 @@ class Planner:
         if not torch.equal(mapped, torch.arange(in_rows)):
             to['map'] = mapped.int()
         return self.emit(
-            'norm', output, [op.output, *chain], x=base, rows=len(mapped), in_rows=in_rows, fill=fill, **to
+            'norm', output, [op.output, *chain], x=base, rows=len(mapped), in_rows=in_rows, pieces=1, fill=fill, **to
         )
+
+    def _merging(self, op: Op, view: View, channels: int, bits: int) -> bool:
+        """Rows that hold several others channel by channel (patch merging), for a linear layer: side by side instead.
+
+        LayerNorm and linear layer take channels in any order, so theirs is changed, and nothing need be moved.
+        """
+        user, narrow = self.only_user(op.output), self.shapes[view.base][-1]
+        pieces = channels // narrow
+        if user is None or user.kind != 'linear' or pieces < 2 or channels % narrow:
+            return False
+        index = view.index.reshape(-1, narrow, pieces).transpose(1, 2)  # (rows, pieces, channels of a piece)
+        sources = View(view.base, index, view.size, view.fill).rows(narrow)
+        if sources is None or bool((sources < 0).any()):
+            return False
+        order = torch.arange(channels).view(narrow, pieces).t().flatten()
+        constants = {k: c[order] if c.ndim else c for k, c in self.constants(op).items()}
+        to = made.norm_fields(channels, bits, constants, dict(op.settings))
+        if to is None:
+            return False
+        name = f'{op.output}, channels reordered'
+        self.shapes[name] = self.shapes[op.output]
+        self._plan.hidden.add(name)
+        self._reordered[op.output] = name, order
+        rows = dict(rows=len(sources) // pieces, in_rows=view.size // narrow, pieces=pieces, map=sources.int())
+        return self.emit('norm', name, [op.output], x=view.base, **rows, **to)
 
     def _rows_behind(self, name: str, channels: int) -> tuple[str, list[str], Tensor | None, int]:
         """The last tensor that layouts alone make of ``name`` by moving rows: it, the way, the rows, the padding."""

@@ -45,7 +45,7 @@ _Attention = _struct(
 _Norm = _struct(
     'Norm',
     **{
-        'x y rows in_rows channels': _N,
+        'x y rows in_rows channels pieces': _N,
         'map factor center gain offset zero whole_gain whole_offset shifts': _P,
         'guard root_bits low high fill': _N,
     },

@@ -64,10 +64,11 @@ struct Attention {
   int64_t out_zero, low, high;
 };
 
-// LayerNorm of rows; row r of y comes from row map[r] of x, or is `fill` where that is -1.
+// LayerNorm of rows. Row r of y comes from `pieces` rows of x, map[r * pieces ...], side by side, or is `fill` where the
+// map has -1. Without a map it comes from row r.
 struct Norm {
   int64_t x, y;
-  int64_t rows, in_rows, channels;
+  int64_t rows, in_rows, channels, pieces;
   const int32_t* map;     // or null
   const int32_t* factor;  // [channels]
   const int32_t* center;  // [channels]: u = byte * factor - center

@@ -10,29 +10,29 @@ struct Moments {
   int64_t sum, squares;
 };
 
-// u = byte * factor - center, of one row
-static inline Moments moments(const Norm& g, const uint8_t* x, int32_t* u) {
+// Adds channels from..to of a row to its moments; x holds them. u = byte * factor - center.
+static inline void add_moments(const Norm& g, const uint8_t* x, int64_t from, int64_t to, int32_t* u, Moments& m) {
   vint total = spread(int32_t{0}), squares = total;
-  int64_t sum_of_squares = 0;
-  int64_t c = 0;
-  for (int block = 0; c + LANES <= g.channels; c += LANES) {
+  int64_t c = from;
+  x -= from;
+  for (int block = 0; c + LANES <= to; c += LANES) {
     vint value = sub(multiply(load_bytes(x + c), load(g.factor + c)), load(g.center + c));
     store(u + c, value);
     total = add(total, value);
     squares = add(squares, multiply(value, value));
-    if (++block == 64) {  // squares are below 2**24, so 64 of them fit
-      sum_of_squares += sum(squares);
+    if (++block == 64) {  // squares are below 2**25, so 64 of them fit
+      m.squares += sum(squares);
       squares = spread(int32_t{0});
       block = 0;
     }
   }
-  Moments m{sum(total), sum_of_squares + sum(squares)};
-  for (; c < g.channels; ++c) {
+  m.sum += sum(total);
+  m.squares += sum(squares);
+  for (; c < to; ++c) {
     u[c] = x[c] * g.factor[c] - g.center[c];
     m.sum += u[c];
     m.squares += static_cast<int64_t>(u[c]) * u[c];
   }
-  return m;
 }
 
 FQ_INLINE int64_t floor_sqrt(int64_t x) {
@@ -50,8 +50,7 @@ static inline void normalize_exactly(const Norm& g, const int32_t* u, int64_t to
   }
 }
 
-static inline void normalize(const Norm& g, const uint8_t* x, uint8_t* y, int32_t* u) {
-  Moments m = moments(g, x, u);
+static inline void normalize(const Norm& g, const Moments& m, const int32_t* u, uint8_t* y) {
   int64_t spread_of_row = g.channels * m.squares - m.sum * m.sum;
   int64_t variance = spread_of_row + g.guard;
   int64_t radicand = g.root_bits >= 0 ? variance << (2 * g.root_bits) : variance >> (-2 * g.root_bits);
@@ -81,14 +80,21 @@ static inline void normalize(const Norm& g, const uint8_t* x, uint8_t* y, int32_
 static void run(const Norm& g, Job& job) {
   const uint8_t* x = job.memory.at(g.x);
   uint8_t* y = job.memory.at(g.y);
+  const int64_t piece = g.channels / g.pieces;
   int32_t* u = reinterpret_cast<int32_t*>(job.scratch.bytes((g.channels + 64) * 4));
   job.share(g.rows * job.memory.batch, 4, [&](int64_t from, int64_t to) {
     for (int64_t r = from; r < to; ++r) {
-      int64_t image = r / g.rows, source = g.map == nullptr ? r % g.rows : g.map[r % g.rows];
-      if (source < 0)
+      const int32_t* sources = g.map == nullptr ? nullptr : g.map + r % g.rows * g.pieces;
+      if (sources != nullptr && sources[0] < 0) {
         std::memset(y + r * g.channels, static_cast<int>(g.fill), g.channels);
-      else
-        normalize(g, x + (image * g.in_rows + source) * g.channels, y + r * g.channels, u);
+        continue;
+      }
+      Moments m{0, 0};
+      for (int64_t p = 0; p < g.pieces; ++p) {
+        int64_t source = r / g.rows * g.in_rows + (sources == nullptr ? r % g.rows : sources[p]);
+        add_moments(g, x + source * piece, p * piece, (p + 1) * piece, u, m);
+      }
+      normalize(g, m, u, y + r * g.channels);
     }
   });
 }
