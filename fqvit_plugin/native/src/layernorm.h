@@ -57,9 +57,9 @@ static inline void normalize(const Norm& g, const Moments& m, const int32_t* u, 
   if (radicand > (int64_t{1} << 52)) radicand = int64_t{1} << 52;
   int64_t root = floor_sqrt(radicand);
   int64_t reciprocal = (int64_t{1} << (45 + g.root_bits)) / (root > 0 ? root : 1);
-  // |C u - S| <= sqrt(C) times the root of C sum u^2 - S^2
-  double largest = std::sqrt(static_cast<double>(g.channels) * static_cast<double>(spread_of_row));
-  if (reciprocal >= (int64_t{1} << 53) || largest * static_cast<double>(reciprocal) > 4.0e15) {
+  // (C u - S)^2 <= C (C sum u^2 - S^2); with the reciprocal it must stay below 2**52
+  double largest = static_cast<double>(g.channels) * static_cast<double>(spread_of_row), r = static_cast<double>(reciprocal);
+  if (reciprocal >= (int64_t{1} << 53) || largest * r * r > 1.6e31) {
     normalize_exactly(g, u, m.sum, reciprocal, y);
     return;
   }
@@ -84,14 +84,15 @@ static void run(const Norm& g, Job& job) {
   int32_t* u = reinterpret_cast<int32_t*>(job.scratch.bytes((g.channels + 64) * 4));
   job.share(g.rows * job.memory.batch, 4, [&](int64_t from, int64_t to) {
     for (int64_t r = from; r < to; ++r) {
-      const int32_t* sources = g.map == nullptr ? nullptr : g.map + r % g.rows * g.pieces;
+      const int64_t image = r / g.rows, row = r - image * g.rows;
+      const int32_t* sources = g.map == nullptr ? nullptr : g.map + row * g.pieces;
       if (sources != nullptr && sources[0] < 0) {
         std::memset(y + r * g.channels, static_cast<int>(g.fill), g.channels);
         continue;
       }
       Moments m{0, 0};
       for (int64_t p = 0; p < g.pieces; ++p) {
-        int64_t source = r / g.rows * g.in_rows + (sources == nullptr ? r % g.rows : sources[p]);
+        int64_t source = image * g.in_rows + (sources == nullptr ? row : sources[p]);
         add_moments(g, x + source * piece, p * piece, (p + 1) * piece, u, m);
       }
       normalize(g, m, u, y + r * g.channels);
