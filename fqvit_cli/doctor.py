@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata
+from pathlib import Path
 
 __all__ = ['main', 'problems', 'satisfies']
 
@@ -112,6 +114,24 @@ def import_problem(module: str) -> str | None:
     return (run.stderr.strip().splitlines() or [f'ended with status {run.returncode}'])[-1]
 
 
+def native_engine() -> str:
+    """Whether the engine of ``NativeModel`` compiles here, or did. The package works without: never a problem."""
+    package = importlib.util.find_spec('fqvit_plugin')
+    folders = [] if package is None else package.submodule_search_locations or []
+    source = next((path for folder in folders if (path := Path(folder, 'compiled.py')).is_file()), None)
+    spec = None if source is None else importlib.util.spec_from_file_location('fqvit_compiled', source)
+    if source is None or spec is None or spec.loader is None:
+        return 'not there'
+    compiled = importlib.util.module_from_spec(spec)  # alone: the package would import torch
+    spec.loader.exec_module(compiled)
+    try:
+        lib = compiled.load_library(source.parent / 'native' / 'src' / 'engine.cpp')
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    lib.fq_isa.restype = ctypes.c_char_p
+    return f'{lib.fq_isa().decode()}, compiled by {compiled.compiler()}'
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Print versions and problems; 1 if there are any."""
     parser = argparse.ArgumentParser(
@@ -129,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = problems(asked, has_pkg_resources=importlib.util.find_spec('pkg_resources') is not None)
     if not asked:
         print('\nfqvit_plugin runs from a folder and is not installed: the versions it needs are not checked')
+    print(f'\nnative engine: {native_engine()}')
     if installed('openmim') is None:
         print("\nmim is not installed; `mim test mmpretrain ...` needs it: pip install 'openmim>=0.3.9'")
     said = import_problem('fqvit_plugin')

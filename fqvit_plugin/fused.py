@@ -44,7 +44,7 @@ __all__ = [
 
 #: Elements of a slice in PyTorch's way: float64 copies of them stay in the cache.
 _SLICE = 1 << 17
-_SOURCE = Path(__file__).parent / 'cpp' / 'simulation.cpp'
+SOURCE = Path(__file__).parent / 'cpp' / 'simulation.cpp'
 
 
 # ------------------------------------------------------------------------------------------------ constants
@@ -126,7 +126,7 @@ def _library() -> Any:
     if os.environ.get('FQVIT_NATIVE') == '0':
         return None
     try:
-        return load_library(_SOURCE)
+        return load_library(SOURCE)
     except (RuntimeError, OSError):
         return None
 

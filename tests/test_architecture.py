@@ -86,6 +86,15 @@ ORDER = [
     'integer.convert',
     'integer.checkpoint',
     'integer.classifier',
+    'native',
+    'native.build',
+    'native.structs',
+    'native.layout',
+    'native.constants',
+    'native.attention',
+    'native.planner',
+    'native.memory',
+    'native.model',
     'apis',
     'hooks',
     'timm_data',
@@ -163,7 +172,9 @@ def test_siblings_are_strangers(module, other):
     assert not {name for name in imports_of(path) if name == other or name.startswith(f'{other}.')}
 
 
-@pytest.mark.parametrize('path', FILES, ids=lambda p: module_of(p) or '__init__')
+@pytest.mark.parametrize(
+    'path', [*FILES, *sorted((PACKAGE / 'native' / 'src').iterdir())], ids=lambda p: f'{p.parent.name}/{p.name}'
+)
 def test_no_file_over_400_lines(path):
     assert len(path.read_text(encoding='utf-8').splitlines()) <= 400
 

@@ -227,3 +227,11 @@ def test_doctor_says_what_python_says(capsys, monkeypatch):
 def test_doctor_imports_in_a_process_of_its_own():
     assert doctor.import_problem('json') is None
     assert doctor.import_problem('no_such_module') == "ModuleNotFoundError: No module named 'no_such_module'"
+
+
+def test_doctor_names_the_native_engine(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, 'import_problem', lambda _: None)
+    fqvit_cli.main(['doctor'])
+    said = capsys.readouterr().out
+    assert 'native engine: ' in said
+    assert ', compiled by /' in said or 'needs a C++ compiler' in said

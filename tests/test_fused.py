@@ -162,8 +162,6 @@ def test_without_a_compiler_pytorch_does_it(monkeypatch, tmp_path):
     compiled._load.cache_clear()
     fused._library.cache_clear()
     try:
-        with pytest.raises(RuntimeError, match='needs a C\\+\\+ compiler'):
-            compiled.load_library(fused._SOURCE)
         steps = torch.tensor([[3.0, -4.0]])
         with torch.no_grad():
             assert torch.equal(fused.whole_steps(steps * 0.5, torch.tensor(0.5)), steps)

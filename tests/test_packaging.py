@@ -107,6 +107,9 @@ def test_wheel_holds_the_configs_and_tools_of_the_checkout(built):
                 assert wheel.read(name) == path.read_bytes()
                 names.discard(name)
         assert not [name for name in names if '.mim/' in name]
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / 'fqvit_plugin/native/src').iterdir()}
+    assert 'fqvit_plugin/native/src/engine.cpp' in sources
+    assert sources <= names  # the native engine is compiled where it is used
     assert {'fqvit_plugin/py.typed', 'fqvit_plugin/configs/fqvit.py', 'fqvit_cli/doctor.py'} <= names
     assert not [name for name in names if name.startswith(('tests/', 'configs/', 'tools/', 'docs/'))]
 
