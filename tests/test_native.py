@@ -10,6 +10,7 @@ import accuracy
 import pytest
 import torch
 
+from fqvit_plugin import compiled
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.integer.program import Grid, IntegerModel, Op, Program
 from fqvit_plugin.native import attention, build, planner, structs
@@ -18,7 +19,7 @@ from fqvit_plugin.native.model import NativeModel
 from . import models
 from .shared_data import imagenet
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason='no C++ compiler: the native engine cannot be built')
+pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason='no C++ compiler for the native engine')
 
 X86 = platform.machine() in ('x86_64', 'AMD64')
 #: Other instruction sets than this machine's own; a machine with AVX-512 or AVX2 runs all of them.
@@ -124,7 +125,7 @@ def affine_op(source, output, bits=8, **settings):
     return Op('affine', (source,), output, names, {'bits': bits, **settings})
 
 
-@pytest.mark.parametrize('flags', [build.FLAGS, *BUILDS.values()])
+@pytest.mark.parametrize('flags', [compiled.FLAGS, *BUILDS.values()])
 @pytest.mark.parametrize(('rows', 'depth', 'columns'), [(1, 3, 1), (7, 39, 70), (25, 300, 33), (14, 6, 130)])
 def test_products_and_new_grids_against_pythons_integers(rows, depth, columns, flags):
     if not runs(flags):
@@ -169,7 +170,7 @@ def test_a_gain_that_leaves_32_bits_saturates_on_the_right_side():
     assert native.codes(torch.full((1, 3, 1, 1), 100.0))['y'].flatten().tolist() == [127, -128]
 
 
-@pytest.mark.parametrize('flags', [build.FLAGS, BUILDS['generic']])
+@pytest.mark.parametrize('flags', [compiled.FLAGS, BUILDS['generic']])
 def test_layernorm_of_rows_without_spread_and_of_extremes(flags):
     channels = 99
     rows = torch.randint(-128, 128, (8, channels), generator=torch.Generator().manual_seed(0))
