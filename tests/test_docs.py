@@ -107,7 +107,7 @@ def test_a_planted_mistake_is_found(findings, text, said):
         '[web](https://example.org/x) and [heading](#a-heading-in-code)\n\n## A heading, in `code`',
         f'`{CONFIG}`, `configs/digits/*.py`, `8/8/4`, `work_dirs/any/thing.pth`, `models/elsewhere` and `mim test`',
         '<!-- docs-check: skip: needs a machine with a printer -->\n' + fence('python', '1 / 0'),
-        'see `nox -l`' + '\n\n' + fence('bash', 'nox -s "tests(oldest)" "tests(newest)" -- -m "" --any'),
+        'see `nox -l`' + '\n\n' + fence('bash', 'nox -s "tests(oldest)" mm_projects -- -m "" --any'),
         fence('text', 'make coffee') + fence('', 'python tools/none.py'),
         fence('bash', '# make coffee', 'OMP_NUM_THREADS=1 make test ARGS="-k x" && cd .. | pip install -e .'),
         fence('bash', f'{MIM} --checkpoint X --tta --gpus 2 --cfg-options train_cfg.max_epochs=1'),

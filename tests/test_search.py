@@ -490,6 +490,26 @@ def test_a_server_that_starts_slowly_is_waited_for():
         thread.join()
 
 
+def test_nnis_tuner_has_two_minutes_to_come_up(tmp_path):
+    """A timer of ten seconds in NNI's file of that name is longer, any other is as it was; oracle: node's timers."""
+    nni_node = Path(pytest.importorskip('nni_node').__path__[0])
+    assert '}, 10000);' in (nni_node / 'core' / 'tuner_command_channel.js').read_text(), 'what is worked round'
+    program = (
+        'for (const ms of [10000, 5000]) { const t = setTimeout(() => {}, ms); console.log(t._idleTimeout);'
+        "clearTimeout(t); } require('timers/promises').setTimeout(1).then(() => console.log('promised'));"
+        "require('util').promisify(setTimeout)(1).then(() => console.log('promised'));"
+    )
+    with loopback_at(tmp_path):
+        printed = []
+        for name in ('tuner_command_channel.js', 'other.js'):
+            (tmp_path / name).write_text(program)
+            done = subprocess.run(
+                [nni_node / 'node', tmp_path / name], capture_output=True, text=True, timeout=60, check=True
+            )
+            printed.append(done.stdout.split())
+    assert printed == [['120000', '5000', 'promised', 'promised'], ['10000', '5000', 'promised', 'promised']]
+
+
 def test_what_a_failed_trial_said_is_passed_on(tmp_path):
     log = tmp_path / 'environments' / 'local-env' / 'trials' / 'x' / 'trial.stderr'
     log.parent.mkdir(parents=True)

@@ -290,11 +290,23 @@ def _nox_problem(arguments: Sequence[str], root: Path) -> str | None:
 
 
 def nox_sessions(noxfile: Path) -> list[str]:
-    """``tests(NAME)`` for every environment of the noxfile, read without nox, which need not be installed."""
-    for node in ast.parse(noxfile.read_text(encoding='utf-8')).body:
+    """The sessions of the noxfile, read without nox, which need not be installed: ``tests(NAME)`` for every
+    environment, and each function that is a session by itself.
+    """
+    tree = ast.parse(noxfile.read_text(encoding='utf-8'))
+    alone = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and node.name != 'tests' and 'nox.session' in _decorators(node)
+    ]
+    for node in tree.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == 'ENVIRONMENTS':
-            return [f'tests({name})' for name in ast.literal_eval(node.value)]
+            return [*(f'tests({name})' for name in ast.literal_eval(node.value)), *alone]
     raise ValueError(f'{noxfile} has no ENVIRONMENTS')
+
+
+def _decorators(function: ast.FunctionDef) -> list[str]:
+    return [ast.unparse(d.func if isinstance(d, ast.Call) else d) for d in function.decorator_list]
 
 
 def _python_problem(arguments: Sequence[str], root: Path) -> str | None:
