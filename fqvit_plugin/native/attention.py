@@ -114,15 +114,10 @@ def _bias(planner: Planner, add: Op, scores: str, shape: tuple[int, int, int]) -
         to is None
         or value.dtype is not torch.int8
         or torch.Size(shape) != value.shape[-3:]
-        or value.numel() != shape_size(shape)
+        or value.numel() != torch.Size(shape).numel()
     ):
         return None
     return dict(bias=(value.to(torch.int16) + 128).to(torch.uint8).contiguous(), sum=to)
-
-
-def shape_size(shape: tuple[int, ...]) -> int:
-    """Elements of a shape."""
-    return torch.Size(shape).numel()
 
 
 def _target(
