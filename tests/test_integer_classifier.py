@@ -7,7 +7,6 @@ import pickle
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import calibrate
@@ -23,8 +22,11 @@ from PIL import Image
 
 import fqvit_plugin as fq
 from fqvit_plugin.apis import load_config
+from fqvit_plugin.compiled import compiler
+from fqvit_plugin.integer import classifier
 from fqvit_plugin.integer.checkpoint import load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
+from fqvit_plugin.integer.program import IntegerModel
 
 from .projects import float_checkpoint, project, runner, write_images
 from .test_mim import mim_test
@@ -74,17 +76,24 @@ def test_a_runner_tests_it_like_the_executor(job):
     assert torch.equal(running.model(**_inputs(running, cfg)), logits)
 
 
-def test_the_native_engine_or_its_absence(job):
-    """Its logits are the executor's; where it is not there, the message says what is."""
+@pytest.mark.parametrize('engine', ['torch', 'native', 'auto'])
+def test_every_engine_gives_the_executors_logits(job, engine):
+    if engine == 'native' and compiler() is None:
+        pytest.skip('no C++ compiler for the native engine')
     root, cfg = job
-    running = runner(integer_config(cfg, root / 'int.safetensors', **{'model.engine': 'native'}))
-    if find_spec('fqvit_plugin.native') is None:
-        with pytest.raises(ValueError, match=r"engine='native' is not here .*; engine='torch' is"):
-            running.test()
-        return
+    running = runner(integer_config(cfg, root / 'int.safetensors', **{'model.engine': engine}))
     assert running.test().keys() == {'accuracy/top1'}
     logits, _ = executor_logits(load_integer(root / 'int.safetensors'), cfg)
     assert torch.equal(running.model(**_inputs(running, cfg)), logits)
+    assert isinstance(running.model.executor, IntegerModel) == (engine == 'torch' or compiler() is None)
+
+
+def test_auto_is_torch_without_a_compiler(monkeypatch):
+    def fails(*args):
+        raise RuntimeError('no compiler')
+
+    monkeypatch.setattr(classifier, 'library', fails)
+    assert classifier._fastest(torch.device('cpu')) == 'torch'
 
 
 def _inputs(running, cfg):
@@ -149,7 +158,7 @@ def test_a_float_config_refuses_it_in_the_same_process(job):
         ({'data_preprocessor.mean': [1.0, 2.0, 3.0]}, r'calibrated with mean=\[127.5.*has \[1.0, 2.0, 3.0\]'),
         ({'data_preprocessor.to_rgb': False}, 'calibrated with to_rgb=True'),
         ({'data_preprocessor.mean': None, 'data_preprocessor.std': None}, 'has None'),
-        ({'model.engine': 'warp'}, "unknown engine 'warp' of IntegerClassifier; there is: torch, native"),
+        ({'model.engine': 'warp'}, "unknown engine 'warp' of IntegerClassifier; there is: auto, torch, native"),
     ],
 )
 def test_what_does_not_fit_is_named(job, changes, message):

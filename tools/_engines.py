@@ -11,7 +11,6 @@ An engine is a function from :class:`Material` to a callable, normalized images 
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 import fqvit_plugin as fq
 from fqvit_plugin.integer.convert import to_integer
+from fqvit_plugin.native.model import NativeModel
 from fqvit_plugin.scheme import QuantScheme
 
 #: Normalized images (B, 3, H, W), float32 on the CPU, to logits (B, classes) as torch or numpy holds them.
@@ -197,7 +197,7 @@ def _integer(material: Material) -> Run:
     return lambda images: material.integer(images)
 
 
-@engine('native', 'int8', needs=['fqvit_plugin.native'])
+@engine('native', 'int8')
 def _native(material: Material) -> Run:
-    model = importlib.import_module('fqvit_plugin.native').NativeModel(material.integer)
+    model = NativeModel(material.integer)
     return lambda images: model(images)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from mmpretrain.models.classifiers import BaseClassifier
@@ -13,6 +12,8 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from ..checkpoint_io import accept_suffix
+from ..native.build import library
+from ..native.model import NativeModel
 from ..registry import LAYERS
 from .checkpoint import load_integer
 from .program import IntegerModel
@@ -20,16 +21,20 @@ from .program import IntegerModel
 __all__ = ['ENGINES', 'IntegerClassifier']
 
 
-def _native(model: IntegerModel) -> nn.Module:
-    try:  # stands below this module in the package's layers, and needs a compiler
-        native = importlib.import_module('fqvit_plugin.native')
-    except ImportError as error:
-        raise ValueError(f"engine='native' is not here ({error}); engine='torch' is") from None
-    return cast(nn.Module, native.NativeModel(model))
-
-
 #: Name -> what makes a module (images to logits) of an integer model.
-ENGINES: dict[str, Callable[[IntegerModel], nn.Module]] = {'torch': lambda model: model, 'native': _native}
+ENGINES: dict[str, Callable[[IntegerModel], nn.Module]] = {'torch': lambda model: model, 'native': NativeModel}
+
+
+def _fastest(device: torch.device) -> str:
+    """The engine that ``auto`` stands for."""
+    if device.type != 'cpu':
+        return 'torch'
+    try:
+        library()
+    except (RuntimeError, OSError):  # no compiler, or none that can
+        return 'torch'
+    return 'native'
+
 
 _STATE = 'integer_model'
 
@@ -47,7 +52,7 @@ class IntegerClassifier(BaseClassifier):
     weights and image size. Building one lets MMEngine read such files.
 
     Args:
-        engine: who computes, a name in ``ENGINES``.
+        engine: who computes, a name in ``ENGINES``; ``auto``: ``native`` on a CPU where it compiles, else ``torch``.
         head: of MMPretrain, makes predictions of logits; ``MultiLabelClsHead`` for several labels an image.
         data_preprocessor: the config's; mean, standard deviation and channel order must be those of the calibration.
 
@@ -60,13 +65,13 @@ class IntegerClassifier(BaseClassifier):
 
     def __init__(
         self,
-        engine: str = 'torch',
+        engine: str = 'auto',
         head: dict[str, Any] | None = None,
         data_preprocessor: dict[str, Any] | nn.Module | None = None,
         init_cfg: dict[str, Any] | None = None,
     ) -> None:
-        if engine not in ENGINES:
-            raise ValueError(f'unknown engine {engine!r} of IntegerClassifier; there is: {", ".join(ENGINES)}')
+        if engine not in ENGINES and engine != 'auto':
+            raise ValueError(f'unknown engine {engine!r} of IntegerClassifier; there is: auto, {", ".join(ENGINES)}')
         if data_preprocessor is None or isinstance(data_preprocessor, dict):
             data_preprocessor = MODELS.build({'type': 'ClsDataPreprocessor', **(data_preprocessor or {})})
         super().__init__(init_cfg=init_cfg, data_preprocessor=data_preprocessor)
@@ -114,7 +119,9 @@ class IntegerClassifier(BaseClassifier):
                 'convert it: tools/calibrate.py, then tools/export.py --format int; or test it with its own config'
             )
         _check_preprocessor(self.data_preprocessor, json.loads(model.meta.get('preprocessor', '{}')))
-        self.executor = ENGINES[self.engine](model).to(self.data_preprocessor.device)
+        device = self.data_preprocessor.device
+        engine = _fastest(device) if self.engine == 'auto' else self.engine
+        self.executor = ENGINES[engine](model).to(device)
         # the loading goes on with the submodules, the new one among them: what it looks for are its own buffers
         state_dict.update({f'{prefix}executor.{name}': value for name, value in self.executor.state_dict().items()})
 
