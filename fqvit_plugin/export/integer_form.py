@@ -4,7 +4,7 @@ Codes of up to 8 bits are uint8, ``stored + 128``; those of 16 bits, which only 
 ``stored + 2**15``; accumulators int32; everything else int64. Values bear the program's names.
 
 Products are unsigned by unsigned (``MatMulInteger`` with zero points). Of onnxruntime's kernels for x86 those widen
-to 16 bits before they multiply (vpmovzxbw, vpmaddwd), where unsigned by signed ones without VNNI add pairs of products
+to 16 bits before they multiply (vpmovzxbw, vpmaddwd); unsigned by signed ones without VNNI add pairs of products
 in 16 bits that saturate (vpmaddubsw); signed by signed ones are exact too, but most CPUs run them without vectors.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from ..dyadic import MEAN_BITS, RECIPROCAL_BITS
 from ..integer.program import IntegerModel, Op
 from .graph import Graph
-from .layouts import LAYOUTS, add_layout, windows
+from .layouts import LAYOUTS, add_layout
 from .shapes import shapes_of
 
 __all__ = ['IntegerWriter', 'code_offset']
@@ -44,7 +44,7 @@ class IntegerWriter:
         """Everything, from ``image`` to ``logits``."""
         for op in self._program.ops:
             values = {k: self._program.constants[name].numpy(force=True) for k, name in op.constants.items()}
-            if op.kind in LAYOUTS or op.kind == 'patches':
+            if op.kind in LAYOUTS:
                 self._layout(op, values)
             else:
                 getattr(self, f'_{op.kind}')(op, **values, **op.settings)
@@ -87,12 +87,8 @@ class IntegerWriter:
         filler = op.settings.get('value', 0) + 128
         if 'tokens' in values:
             filler = values['tokens'].astype(np.int64) + 128
-        if op.kind == 'patches':
-            _, channels, height, width = self._shapes[op.inputs[0]]
-            size, value = (height, width), np.asarray(filler, np.uint8)
-            windows(self._graph, op, op.inputs[0], channels, size, value, op.output)
-        else:
-            add_layout(self._graph, op, op.inputs[0], op.output, filler, np.uint8)
+        x = op.inputs[0]
+        add_layout(self._graph, op, x, self._shapes[x], op.output, filler, np.uint8)
 
     # ---------------------------------------------------------------- kernels, named as in integer/kernels.py
 

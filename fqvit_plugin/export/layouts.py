@@ -10,26 +10,32 @@ import numpy as np
 from ..integer.program import Op
 from .graph import Graph
 
-__all__ = ['LAYOUTS', 'add_layout', 'windows']
+__all__ = ['LAYOUTS', 'add_layout']
+
+#: Kernels that move codes and compute nothing.
+LAYOUTS = frozenset({'crop', 'pad_map', 'patches', 'permute', 'prepend', 'reshape', 'roll', 'select'})
 
 #: Kernel -> writes it for one tensor. A padding's value comes last.
-LAYOUTS: dict[str, Callable[..., str]] = {}
+_LAYOUTS: dict[str, Callable[..., str]] = {}
 
 
 def _layout(function: Callable[..., str]) -> Callable[..., str]:
-    LAYOUTS[function.__name__.strip('_')] = function
+    _LAYOUTS[function.__name__.strip('_')] = function
     return function
 
 
-def add_layout(graph: Graph, op: Op, x: str, output: str, filler: Any, dtype: Any) -> str:
+def add_layout(graph: Graph, op: Op, x: str, shape: tuple[int, ...], output: str, filler: Any, dtype: Any) -> str:
     """Write the layout operation ``op`` on ``x``.
 
     Args:
+        shape: of ``x``, for one image.
         filler: what padding holds, or the constant tokens of ``prepend``.
         dtype: of ``x``.
     """
+    if op.kind == 'patches':
+        return _windows(graph, op, x, shape, np.asarray(filler, dtype), output)
     settings = {k: v for k, v in op.settings.items() if k != 'value'}
-    return LAYOUTS[op.kind](graph, x, output, filler=np.asarray(filler, dtype), **settings)
+    return _LAYOUTS[op.kind](graph, x, output, filler=np.asarray(filler, dtype), **settings)
 
 
 @_layout
@@ -76,21 +82,23 @@ def _prepend(graph: Graph, x: str, output: str, *, filler: Any) -> str:
     return graph.node('Concat', tokens, x, output=output, axis=1)
 
 
-def windows(
-    graph: Graph, op: Op, x: str, channels: int, size: tuple[int, int], filler: np.ndarray, output: str
-) -> str:
-    """(B, C, H, W) to (B, N, C kh kw): one Gather for the rows of the windows, one for the columns."""
-    kernel, stride = op.settings['kernel'], op.settings['stride']
+def _windows(graph: Graph, op: Op, x: str, shape: tuple[int, ...], filler: np.ndarray, output: str) -> str:
+    """(B, C, H, W) to (B, N, C kh kw), the windows that a convolution multiplies; ``shape`` is that of one image."""
+    (kh, kw), (down, across) = op.settings['kernel'], op.settings['stride']
     left, right, top, bottom = op.settings['padding']
+    _, channels, height, width = shape
     if any((left, right, top, bottom)):
         x = _pad(graph, x, [0, 0, top, left, 0, 0, bottom, right], filler)
-    padded = (size[0] + top + bottom, size[1] + left + right)
-    counts = [(p - k) // s + 1 for p, k, s in zip(padded, kernel, stride, strict=True)]
-    rows, columns = (np.arange(n)[:, None] * s + np.arange(k) for n, k, s in zip(counts, kernel, stride, strict=True))
-    x = graph.node('Gather', x, graph.constant(rows, np.int64), axis=2)  # (B, C, h, kh, W)
-    x = graph.node('Gather', x, graph.constant(columns, np.int64), axis=4)  # (B, C, h, kh, w, kw)
+    height, width = height + top + bottom, width + left + right
+    rows, columns = (height - kh) // down + 1, (width - kw) // across + 1
+    if (height, width) == (rows * kh, columns * kw) and (kh, kw) == (down, across):
+        x = graph.shape(x, [-1, channels, rows, kh, columns, kw])
+    else:
+        picks = (np.arange(n)[:, None] * s + np.arange(k) for n, s, k in ((rows, down, kh), (columns, across, kw)))
+        for axis, pick in zip((2, 4), picks, strict=True):  # (B, C, h, kh, W), then (B, C, h, kh, w, kw)
+            x = graph.node('Gather', x, graph.constant(pick, np.int64), axis=axis)
     x = graph.node('Transpose', x, perm=[0, 2, 4, 1, 3, 5])
-    return graph.shape(x, [-1, counts[0] * counts[1], channels * kernel[0] * kernel[1]], output)
+    return graph.shape(x, [-1, rows * columns, channels * kh * kw], output)
 
 
 def _pad(graph: Graph, x: str, amounts: list[int], filler: np.ndarray, output: str | None = None) -> str:

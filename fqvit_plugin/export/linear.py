@@ -1,4 +1,4 @@
-"""Linear layers and patch embeddings of form ``qdq``: int8 weights with a scale for each output channel."""
+"""Linear layers of form ``qdq``: int8 weights with a scale for each output channel."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ class LinearWriter:
 
     def __init__(self, writer: QdqWriter, unsigned_weights: bool) -> None:
         self._writer, self._unsigned = writer, unsigned_weights
-        self._makers = {op.output: op for op in writer.program.ops}
 
     def flattens(self, name: str) -> bool:
         """Whether a layer's rows are put into one matrix, and the codes of ``name`` must take their shape again."""
@@ -44,14 +43,11 @@ class LinearWriter:
         weight = self._weight(op)
         ratio, term = (np.broadcast_to(v, len(weight)).astype(np.float64) for v in (ratio, term))
         weight, ratio = weight * np.where(ratio < 0, -1, 1)[:, None], np.abs(ratio)
-        patches = self._makers.get(op.inputs[0])
-        source = patches.inputs[0] if patches is not None and patches.kind == 'patches' else op.inputs[0]
+        source = op.inputs[0]
         axis = w.axis(name)
         if w.target.symmetric:  # the zero points of input and output become part of the bias
             taken = ratio * weight.sum(1) * w.axis(source).zero
             term = term - taken + (axis.zero if axis.bits <= 8 else 0)
-        if patches is not None and patches.kind == 'patches':
-            return self._convolution(patches, name, weight, ratio, term)
         if self._writer.target.gemm:
             return self._gemm(source, name, weight, ratio, term)
         return self._matmul(source, name, weight, ratio, term)
@@ -99,33 +95,6 @@ class LinearWriter:
         w, scale = self._writer, self._scales(source, name, ratio)
         y = w.graph.node('MatMul', w.reading(source), self._dequantized(name, weight.T, scale, 1))
         return self._finish(name, w.graph.node('Add', y, self._bias(source, name, scale, term)))
-
-    def _convolution(
-        self, patches: Op, name: str, weight: np.ndarray, ratio: np.ndarray, term: np.ndarray
-    ) -> str | None:
-        w, source = self._writer, patches.inputs[0]
-        scale, settings = self._scales(source, name, ratio), patches.settings
-        (left, right, top, bottom), x = settings['padding'], w.reading(source)
-        pads = [top, left, bottom, right]
-        if w.target.symmetric and any(pads):  # a convolution pads with 0, which is not the reading of the real zero
-            amounts = w.graph.constant([0, 0, top, left, 0, 0, bottom, right], np.int64)
-            x, pads = w.graph.node('Pad', x, amounts, w.scalar(w.lift(source))), [0, 0, 0, 0]
-        kernel = list(settings['kernel'])
-        filters = self._dequantized(name, weight.reshape(len(weight), -1, *kernel), scale, 0)
-        bias = self._bias(source, name, scale, term)
-        y = w.graph.node('Conv', x, filters, bias, kernel_shape=kernel, strides=list(settings['stride']), pads=pads)
-        codes = w.quantized(y, name)
-        if w.target.layout_on_codes:
-            w.hold(name, self._tokens(codes, name, name))
-        else:
-            w.hold_reading(name, self._tokens(w.dequantize(codes, name), name, f'{name}.y'))
-        return None
-
-    def _tokens(self, x: str, name: str, output: str) -> str:
-        """(B, C, H, W) to (B, N, C)."""
-        _, tokens, channels = self._writer.shapes[name]
-        flat = self._writer.graph.shape(x, [-1, channels, tokens])
-        return self._writer.graph.node('Transpose', flat, output=output, perm=[0, 2, 1])
 
     def _finish(self, name: str, y: str, shape: list[int] | None = None) -> str | None:
         if self._writer.axis(name).bits > 8:

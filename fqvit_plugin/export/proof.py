@@ -77,7 +77,7 @@ def compare_codes(model: Any, integer: IntegerModel, images: Tensor, layerwise: 
         for op, tensor in integer.steps(images):
             if op.output in grids:
                 expected[op.output] = tensor.numpy(force=True)
-    opened, kinds = _open(model, [name for name in expected if name in grids], layerwise)
+    opened, kinds = _open(model, {n: v.ndim for n, v in expected.items() if n in grids}, layerwise)
     feed = {'image': expected['image'].astype(np.float32)}
     if layerwise:
         feed.update({n: _held(expected[n], kinds[n]) for n in kinds})
@@ -106,8 +106,8 @@ def _held(stored: np.ndarray, kind: Any) -> np.ndarray:
     return (stored.astype(np.int64) + offset).astype(kind)
 
 
-def _open(model: Any, names: list[str], cut: bool) -> tuple[Any, dict[str, Any]]:
-    """A copy of ``model`` that puts out the tensors ``names``, where it has them, and their types.
+def _open(model: Any, ranks: dict[str, int], cut: bool) -> tuple[Any, dict[str, Any]]:
+    """A copy of ``model`` that puts out the tensors named in ``ranks``, where it has them, and their types.
 
     With ``cut`` the tensors also become inputs, which are what later layers read.
     """
@@ -119,13 +119,13 @@ def _open(model: Any, names: list[str], cut: bool) -> tuple[Any, dict[str, Any]]
     types.update({v.name: v.type.tensor_type.elem_type for v in model.graph.output})
     kinds: dict[str, Any] = {}
     made = {node.output[0]: node for node in opened.graph.node}
-    for name in names:
+    for name, rank in ranks.items():
         if name not in made or types[name] == onnx.TensorProto.FLOAT:
             continue
         kinds[name] = onnx.helper.tensor_dtype_to_np_dtype(types[name])
         result = name + _MADE if cut else name
         made[name].output[0] = result
-        opened.graph.output.append(onnx.helper.make_tensor_value_info(result, types[name], None))
+        opened.graph.output.append(onnx.helper.make_tensor_value_info(result, types[name], [None] * rank))
         if cut:
-            opened.graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], None))
+            opened.graph.input.append(onnx.helper.make_tensor_value_info(name, types[name], [None] * rank))
     return opened, kinds

@@ -54,7 +54,7 @@ class QdqWriter:
         for op in self.program.ops:
             if op.kind in LAYOUTS:
                 self._layout(op)
-            elif op.kind not in ('patches', 'linear', 'matmul', 'mean_sums'):  # part of the affine that reads them
+            elif op.kind not in ('linear', 'matmul', 'mean_sums'):  # part of the affine that reads them
                 getattr(self, f'_{op.kind}')(op, **self.values(op), **op.settings)
         self._real(self.program.output, 'logits')
 
@@ -123,10 +123,6 @@ class QdqWriter:
         """Let ``codes`` be those of ``name``."""
         self._codes[name] = codes
 
-    def hold_reading(self, name: str, y: str) -> None:
-        """Let ``y`` be the reading of ``name``."""
-        self._readings[name] = y
-
     def dequantize(self, codes: str, name: str, scale: float | None = None, output: str | None = None) -> str:
         """A reading of ``codes``, which lie on the grid of ``name``."""
         axis = self.axis(name)
@@ -166,10 +162,14 @@ class QdqWriter:
         stored: Any = self.values(op).get('tokens', op.settings.get('value', 0))
         if self.target.layout_on_codes and source in self._codes:
             filler = np.asarray(stored, np.int64) + 128
-            self._codes[op.output] = add_layout(self.graph, op, self._codes[source], op.output, filler, np.uint8)
+            self._codes[op.output] = add_layout(
+                self.graph, op, self._codes[source], self.shapes[source], op.output, filler, np.uint8
+            )
         else:
             filler, output = self._read(stored, op.output), f'{op.output}.y'
-            self._readings[op.output] = add_layout(self.graph, op, self.reading(source), output, filler, np.float32)
+            self._readings[op.output] = add_layout(
+                self.graph, op, self.reading(source), self.shapes[source], output, filler, np.float32
+            )
 
     def _affine(self, op: Op, *, gain: Any, offset: Any, zero: Any, shift: int, offset_shift: int, bits: int) -> None:
         maker = self._makers[op.inputs[0]]
