@@ -1,5 +1,6 @@
 """Exported execution: an integer program as an ONNX file that proves itself before it is written."""
 
-from .convert import OnnxReport, to_onnx
+from .convert import FORMS, OnnxReport, to_onnx
+from .targets import TARGETS
 
-__all__ = ['OnnxReport', 'to_onnx']
+__all__ = ['FORMS', 'TARGETS', 'OnnxReport', 'to_onnx']

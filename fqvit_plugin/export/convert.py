@@ -26,9 +26,10 @@ from .tensorrt import check_tensorrt
 __all__ = ['FORMS', 'OnnxReport', 'to_onnx']
 
 FORMS = ('qdq', 'integer')
-#: Of a layer's codes, as many may differ by one step from the integer model's: its halves round up, QuantizeLinear's
-#: to even, its GELU reads a 16-bit grid, and its sums are exact where floats round.
-ALLOWED = 2e-3
+#: As many codes may differ by one step from the integer model's: its halves round up, QuantizeLinear's to even; its
+#: biases are finer than int32 ones in units of the accumulator (which matters most for weights of few bits); its GELU
+#: reads a 16-bit grid; its sums are exact where floats round.
+ALLOWED = 1e-2
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def to_onnx(
 
     The graph is compared with the integer model in onnxruntime first, with graph optimization off; no file is written
     unless it agrees: form ``integer`` in every code of every tensor, form ``qdq`` layer by layer, given the integer
-    model's codes, within one step, in all but 2 of 1,000 codes.
+    model's codes, within one step, in all but 1 of 100 codes.
 
     Args:
         model: an :class:`IntegerModel`, or a calibrated classifier in phase quant that ``to_integer`` takes.

@@ -20,7 +20,7 @@ from .graph import Graph
 from .layouts import LAYOUTS, add_layout
 from .shapes import shapes_of
 
-__all__ = ['IntegerWriter', 'code_offset']
+__all__ = ['IntegerWriter', 'code_offset', 'floor_root', 'rounded']
 
 #: Makes shifted numbers non-negative, since operators shift unsigned ones; |x| < 2**61 wherever it is added.
 _LIFT = 1 << 61
@@ -60,18 +60,6 @@ class IntegerWriter:
 
     def _op(self, kind: str, x: str, value: Any, dtype: Any = np.int64, output: str | None = None) -> str:
         return self._graph.node(kind, x, self._graph.constant(value, dtype), output=output)
-
-    def _shifted(self, x: str, shift: Any) -> str:
-        """``x >> shift`` of int64 to which ``_LIFT`` was added; the result has ``_LIFT >> shift`` too much."""
-        unsigned = self._graph.cast(x, np.uint64)
-        amount = self._graph.constant(shift, np.uint64)
-        return self._graph.cast(self._graph.node('BitShift', unsigned, amount, direction='RIGHT'), np.int64)
-
-    def _rounded(self, x: str, shift: Any, term: Any = 0) -> str:
-        """``(x + term + 2**(shift - 1)) >> shift``."""
-        shift = np.asarray(shift, np.int64)
-        lifted = self._op('Add', x, np.asarray(term, np.int64) + (np.int64(1) << (shift - 1)) + _LIFT)
-        return self._op('Sub', self._shifted(lifted, shift), np.int64(_LIFT) >> shift)
 
     def _stored(self, steps: str, zero: Any, bits: int, output: str) -> None:
         """Saturated steps as codes."""
@@ -116,7 +104,7 @@ class IntegerWriter:
 
     def _affine(self, op: Op, *, gain: Any, offset: Any, zero: Any, shift: int, offset_shift: int, bits: int) -> None:
         product = self._op('Mul', self._graph.cast(op.inputs[0], np.int64), gain)
-        steps = self._rounded(product, shift, offset.astype(np.int64) << offset_shift)
+        steps = rounded(self._graph, product, shift, offset.astype(np.int64) << offset_shift)
         self._stored(steps, zero, bits, op.output)
 
     def _add(
@@ -127,7 +115,7 @@ class IntegerWriter:
             for x, gain in zip(op.inputs, (gain_a, gain_b), strict=True)
         ]
         term = -sum((z.astype(np.int64) + 128) * g.astype(np.int64) for z, g in ((zero_a, gain_a), (zero_b, gain_b)))
-        self._stored(self._rounded(self._graph.node('Add', *parts), shift, term), zero, bits, op.output)
+        self._stored(rounded(self._graph, self._graph.node('Add', *parts), shift, term), zero, bits, op.output)
 
     def _lookup(self, op: Op, *, table: np.ndarray) -> None:
         x, bits = op.inputs[0], self._program.grids[op.inputs[0]].bits
@@ -162,24 +150,12 @@ class IntegerWriter:
         total = self._sum(u, [-1], keep=True)
         squares = self._op('Mul', self._sum(self._graph.node('Mul', u, u), [-1], keep=True), channels)
         variance = self._op('Add', self._graph.node('Sub', squares, self._graph.node('Mul', total, total)), guard)
-        root = self._root(variance, root_bits)
+        root = floor_root(self._graph, variance, root_bits)
         reciprocal = self._graph.node('Div', self._long(1 << (45 + root_bits)), root)  # both positive: a floor
         deviation = self._graph.node('Sub', self._op('Mul', u, channels), total)
-        x_hat = self._rounded(self._graph.node('Mul', deviation, reciprocal), 29)
-        steps = self._rounded(self._op('Mul', x_hat, gain), shifts, offset)
+        x_hat = rounded(self._graph, self._graph.node('Mul', deviation, reciprocal), 29)
+        steps = rounded(self._graph, self._op('Mul', x_hat, gain), shifts, offset)
         self._stored(steps, out_zero, bits, op.output)
-
-    def _root(self, variance: str, root_bits: int) -> str:
-        """``max(1, floor(sqrt(variance * 4**root_bits)))``, by the root of float64.
-
-        Radicands are at most 2**52: exact in 53 bits. Their rounded root has the right floor, because the root of
-        ``k**2 - 1`` lies ``2**-27`` or more below ``k <= 2**26``, where float64's steps are no larger than that.
-        """
-        factor = self._long(1 << abs(2 * root_bits))
-        radicand = self._graph.node('Mul' if root_bits >= 0 else 'Div', variance, factor)  # never negative
-        radicand = self._graph.node('Min', radicand, self._long(1 << 52))
-        root = self._graph.node('Sqrt', self._graph.cast(radicand, np.float64))
-        return self._graph.node('Max', self._graph.cast(root, np.int64), self._long(1))
 
     def _attend(
         self, op: Op, *, exponents: Any, zero: int, gain: int, shift: int, out_zero: int, bits: int, mask: Any = None
@@ -199,8 +175,8 @@ class IntegerWriter:
         ]  # (p - 0) (value - zero)
         sums = self._graph.node('Add', parts[0], self._op('Mul', parts[1], 256))
         reciprocal = self._graph.node('Div', self._long(1 << RECIPROCAL_BITS), total)
-        mean = self._rounded(self._graph.node('Mul', sums, reciprocal), RECIPROCAL_BITS - MEAN_BITS)
-        steps = self._rounded(self._op('Mul', mean, gain), shift + MEAN_BITS)
+        mean = rounded(self._graph, self._graph.node('Mul', sums, reciprocal), RECIPROCAL_BITS - MEAN_BITS)
+        steps = rounded(self._graph, self._op('Mul', mean, gain), shift + MEAN_BITS)
         self._stored(steps, out_zero, bits, op.output)
 
     def _distance(self, logits: str, length: int, mask: Any) -> str:
@@ -214,6 +190,29 @@ class IntegerWriter:
         distance = self._graph.node('Sub', self._graph.node('ReduceMax', x, axes=[-1], keepdims=1), x)
         distance = self._op('Min', distance, length, np.int32)
         return self._graph.shape(distance, [-1, heads, rows, columns])
+
+
+def rounded(graph: Graph, x: str, shift: Any, term: Any = 0) -> str:
+    """``(x + term + 2**(shift - 1)) >> shift`` of int64, |x + term| < 2**61: halves are rounded up."""
+    shift = np.asarray(shift, np.int64)
+    half = np.int64(1) << (shift - 1)
+    lifted = graph.node('Add', x, graph.constant(np.asarray(term, np.int64) + half + _LIFT, np.int64))
+    amount = graph.constant(shift, np.uint64)
+    shifted = graph.node('BitShift', graph.cast(lifted, np.uint64), amount, direction='RIGHT')
+    return graph.node('Sub', graph.cast(shifted, np.int64), graph.constant(np.int64(_LIFT) >> shift, np.int64))
+
+
+def floor_root(graph: Graph, variance: str, root_bits: int) -> str:
+    """``max(1, floor(sqrt(variance * 4**root_bits)))`` of non-negative int64, by the root of float64.
+
+    Radicands are at most 2**52: exact in 53 bits. Their rounded root has the right floor, because the root of
+    ``k**2 - 1`` lies ``2**-27`` or more below ``k <= 2**26``, where float64's steps are no larger than that.
+    """
+    factor = graph.constant(1 << abs(2 * root_bits), np.int64)
+    radicand = graph.node('Mul' if root_bits >= 0 else 'Div', variance, factor)
+    radicand = graph.node('Min', radicand, graph.constant(1 << 52, np.int64))
+    root = graph.cast(graph.node('Sqrt', graph.cast(radicand, np.float64)), np.int64)
+    return graph.node('Max', root, graph.constant(1, np.int64))
 
 
 def _dtype(bits: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,7 @@ class Agreement:
 
 
 def session(model: Any, optimized: bool) -> Any:
-    """An onnxruntime session of a ModelProto on the CPU.
+    """An onnxruntime session on the CPU, of a ModelProto or of a file.
 
     Raises:
         ValueError: onnxruntime is not installed.
@@ -59,7 +60,8 @@ def session(model: Any, optimized: bool) -> Any:
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     options.log_severity_level = 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
+    source = str(model) if isinstance(model, (str, os.PathLike)) else model.SerializeToString()
+    return ort.InferenceSession(source, options, providers=['CPUExecutionProvider'])
 
 
 def compare_codes(model: Any, integer: IntegerModel, images: Tensor, layerwise: bool, optimized: bool) -> Agreement:
