@@ -14,12 +14,12 @@ from fqvit_plugin.export import convert, to_onnx
 from fqvit_plugin.export.functions import FUNCTIONS, function_of
 from fqvit_plugin.export.graph import Graph
 from fqvit_plugin.export.integer_form import code_offset, floor_root, rounded
-from fqvit_plugin.export.proof import compare_codes, session
+from fqvit_plugin.export.proof import codes_of, compare_codes, session
 from fqvit_plugin.export.targets import TARGETS
 from fqvit_plugin.export.tensorrt import check_tensorrt
 from fqvit_plugin.integer.checkpoint import load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
-from fqvit_plugin.integer.program import Grid, IntegerModel
+from fqvit_plugin.integer.program import Grid
 
 from . import models
 from .test_integer import MODELS, calibrated
@@ -168,6 +168,24 @@ def test_uint8_weights_change_no_answer(vit, tmp_path):
     assert steps_off(model, run(tmp_path / 'uint8.onnx', x, optimized=True), x) < 10
 
 
+@pytest.mark.parametrize('target', TARGETS)
+def test_dead_channels_and_negative_factors(tmp_path, target):
+    x = models.images(4)
+    model = models.vit('DeiT3')
+    with torch.no_grad():
+        hidden = model.backbone.layers[0].ffn.layers[0][0]
+        hidden.weight[3] = 0  # its smallest scale is far below the others'
+        hidden.bias[3] = 5
+        model.backbone.layers[0].ffn.gamma2.weight[::2] *= -1  # a layer scale turns the signs of gains
+    model = to_integer(calibrated(model, x))
+    report = to_onnx(model, tmp_path / 'm.onnx', target=target, images=x)
+    assert report.plain.largest <= 1
+    proto = onnx.load(tmp_path / 'm.onnx')
+    tensors = {t.name: onnx.numpy_helper.to_array(t) for t in proto.graph.initializer}
+    scales = [tensors[n.input[1]] for n in proto.graph.node if n.op_type in ('QuantizeLinear', 'DequantizeLinear')]
+    assert min(s.min() for s in scales) > 0
+
+
 def test_tables_are_recognized():
     source, target = Grid((0.0003,), (5,), 16), Grid((0.05,), (-100,), 8)
     x = (torch.arange(-(2**15), 2**15, dtype=torch.float64) - 5) * 0.0003
@@ -250,7 +268,7 @@ def test_graphs_for_other_targets_break_tensorrts_rules(vit, tmp_path, target):
 def test_a_wrong_graph_is_not_written(vit, tmp_path, monkeypatch, form, constant):
     model, _ = vit
     wrong = {**model.program.constants, constant: (model.program.constants[constant] * 1.2).to(torch.int64)}
-    other = IntegerModel(dataclasses.replace(model.program, constants=wrong))
+    other = dataclasses.replace(model.program, constants=wrong)
     writer = 'IntegerWriter' if form == 'integer' else 'QdqWriter'
     real = getattr(convert, writer)
     monkeypatch.setattr(convert, writer, lambda graph, _, *rest: real(graph, other, *rest))
@@ -272,8 +290,9 @@ def test_differences_are_counted(vit, tmp_path):
     place = list(proto.graph.node).index(last) + 1
     proto.graph.node.insert(place, onnx.helper.make_node('BitShift', ['before', 'one'], [model.program.output],
                                                          direction='RIGHT'))  # fmt: skip
-    found = compare_codes(proto, model, x, layerwise=False, optimized=False)
-    codes = {op.output: t for op, t in model.steps(x)}[model.program.output].int() + 128
+    expected = codes_of(model, x)
+    found = compare_codes(proto, expected, x, layerwise=False, optimized=False)
+    codes = expected[model.program.output].astype(int) + 128
     assert found.different == int((codes != codes >> 1).sum())
     assert found.largest == int((codes - (codes >> 1)).max())
     assert found.where == model.program.output

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..integer.convert import to_integer
-from ..integer.program import IntegerModel
+from ..integer.program import IntegerModel, Program
 from .graph import OPSET, Graph
 from .integer_form import IntegerWriter
 from .packages import need
-from .proof import Agreement, compare_codes, session
+from .proof import Agreement, codes_of, compare_codes, session
 from .qdq_form import QdqWriter
-from .shapes import image_channels
+from .shapes import image_channels, shapes_of
 from .targets import TARGETS
 from .tensorrt import check_tensorrt
 
@@ -99,12 +99,12 @@ def to_onnx(
     _check(form, target, weights, Path(path))
     need('onnxruntime')
     integer = model if isinstance(model, IntegerModel) else to_integer(model)
-    graph = Graph()
+    graph, shapes = Graph(), shapes_of(integer)
     if form == 'integer':
-        IntegerWriter(graph, integer).write()
+        IntegerWriter(graph, integer.program, shapes).write()
     else:
-        QdqWriter(graph, integer, TARGETS[target], weights == 'uint8').write()
-    proto = _proto(graph, integer, {**(meta or {}), 'form': form, 'target': target})
+        QdqWriter(graph, integer.program, shapes, TARGETS[target], weights == 'uint8').write()
+    proto = _proto(graph, integer.program, shapes, {**(meta or {}), 'form': form, 'target': target})
     if target == 'tensorrt':
         check_tensorrt(proto)
     plain, optimized = _prove(proto, integer, form, _images(integer, images))
@@ -131,14 +131,11 @@ def _check(form: str, target: str, weights: str, path: Path) -> None:
         raise ValueError(f'there is no folder {path.resolve().parent}')
 
 
-def _proto(graph: Graph, integer: IntegerModel, meta: Mapping[str, str]) -> Any:
-    program = integer.program
-    with torch.no_grad():
-        example = integer(torch.zeros(1, image_channels(program), *program.image_size))
-    image = ['batch', image_channels(program), *program.image_size]
+def _proto(graph: Graph, program: Program, shapes: dict[str, tuple[int, ...]], meta: Mapping[str, str]) -> Any:
     grids = {n: {'scale': min(g.scale), 'zero': g.zero[0], 'bits': g.bits} for n, g in program.grids.items()}
     texts = {'format': 'fqvit_plugin.onnx', 'version': '1', 'grids': json.dumps(grids, separators=(',', ':')), **meta}
-    return graph.model({'image': image}, {'logits': ['batch', *example.shape[1:]]}, texts)
+    image, logits = (['batch', *shapes[name][1:]] for name in ('image', program.output))
+    return graph.model({'image': image}, {'logits': logits}, texts)
 
 
 def _images(integer: IntegerModel, images: Tensor | None) -> Tensor:
@@ -151,17 +148,20 @@ def _images(integer: IntegerModel, images: Tensor | None) -> Tensor:
 
 def _prove(proto: Any, integer: IntegerModel, form: str, images: Tensor) -> tuple[Agreement, Agreement]:
     layerwise = form == 'qdq'
-    plain = compare_codes(proto, integer, images, layerwise, optimized=False)
-    (logits,) = session(proto, optimized=False).run(['logits'], {'image': images.numpy(force=True)})
+    expected = codes_of(integer, images)
+    plain = compare_codes(proto, expected, images, layerwise, optimized=False)
     if form == 'integer':
-        right = plain.exact and torch.equal(torch.from_numpy(logits), integer(images).cpu())
+        (logits,) = session(proto, optimized=False).run(['logits'], {'image': images.numpy(force=True)})
+        codes = torch.from_numpy(expected[integer.program.output]).int()
+        scale, zero = integer.output_scale.cpu(), integer.output_zero.cpu()
+        right = plain.exact and torch.equal(torch.from_numpy(logits), (codes - zero) * scale)
     else:
         right = plain.largest <= 1 and plain.different <= ALLOWED * plain.codes
     if not right:
         raise RuntimeError(
             f'the ONNX graph does not compute what the integer model does: {plain}; nothing was written'
         )
-    return plain, compare_codes(proto, integer, images, layerwise, optimized=True)
+    return plain, compare_codes(proto, expected, images, layerwise, optimized=True)
 
 
 def _write(proto: Any, path: Path) -> int:

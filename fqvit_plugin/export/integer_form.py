@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from ..dyadic import MEAN_BITS, RECIPROCAL_BITS
-from ..integer.program import IntegerModel, Op
+from ..integer.program import Op, Program
 from .graph import Graph
 from .layouts import LAYOUTS, add_layout
-from .shapes import shapes_of
 
 __all__ = ['IntegerWriter', 'code_offset', 'floor_root', 'rounded']
 
@@ -34,11 +33,14 @@ def code_offset(bits: int) -> int:
 
 
 class IntegerWriter:
-    """Writes the operations of ``model`` into ``graph``; a method for each kernel."""
+    """Writes the operations of ``program`` into ``graph``; a method for each kernel.
 
-    def __init__(self, graph: Graph, model: IntegerModel) -> None:
-        self._graph, self._program = graph, model.program
-        self._shapes = shapes_of(model)
+    Args:
+        shapes: of every tensor, for one image.
+    """
+
+    def __init__(self, graph: Graph, program: Program, shapes: dict[str, tuple[int, ...]]) -> None:
+        self._graph, self._program, self._shapes = graph, program, shapes
 
     def write(self) -> None:
         """Everything, from ``image`` to ``logits``."""

@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ['LinearWriter']
 
-#: A dead channel's weight scale: engines want positive ones.
-_TINY = 2.0**-60
-
 
 class LinearWriter:
     """Writes ``linear`` together with the ``affine`` that reads its accumulators.
@@ -42,7 +39,7 @@ class LinearWriter:
         w = self._writer
         weight = self._weight(op)
         ratio, term = (np.broadcast_to(v, len(weight)).astype(np.float64) for v in (ratio, term))
-        weight, ratio = weight * np.where(ratio < 0, -1, 1)[:, None], np.abs(ratio)
+        weight, ratio = _oriented(weight, ratio)
         source = op.inputs[0]
         axis = w.axis(name)
         if w.target.symmetric:  # the zero points of input and output become part of the bias
@@ -68,7 +65,7 @@ class LinearWriter:
 
     def _scales(self, source: str, name: str, ratio: np.ndarray) -> np.ndarray:
         w = self._writer
-        return np.maximum(ratio * w.axis(name).step / w.axis(source).step, _TINY)
+        return np.asarray(ratio * w.axis(name).step / w.axis(source).step)
 
     def _gemm(self, source: str, name: str, weight: np.ndarray, ratio: np.ndarray, term: np.ndarray) -> str | None:
         w, scale = self._writer, self._scales(source, name, ratio)
@@ -101,3 +98,10 @@ class LinearWriter:
             return y
         self._writer.quantize(y, name, shape=shape)
         return None
+
+
+def _oriented(weight: np.ndarray, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same products with positive ratios; a channel of zeros gets the largest, which changes nothing."""
+    weight, ratio = weight * np.sign(ratio).astype(np.int64)[:, None], np.abs(ratio)
+    alive = weight.any(1)
+    return weight, np.where(alive, ratio, ratio[alive].max() if alive.any() else 1.0)

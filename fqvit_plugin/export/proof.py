@@ -13,7 +13,7 @@ from torch import Tensor
 from ..integer.program import IntegerModel
 from .packages import need
 
-__all__ = ['Agreement', 'compare_codes', 'session']
+__all__ = ['Agreement', 'codes_of', 'compare_codes', 'session']
 
 
 @dataclass(frozen=True)
@@ -64,23 +64,29 @@ def session(model: Any, optimized: bool) -> Any:
     return ort.InferenceSession(source, options, providers=['CPUExecutionProvider'])
 
 
-def compare_codes(model: Any, integer: IntegerModel, images: Tensor, layerwise: bool, optimized: bool) -> Agreement:
-    """Codes of every tensor that has codes in ``model``, against those of ``integer``.
+def codes_of(integer: IntegerModel, images: Tensor) -> dict[str, np.ndarray]:
+    """Stored codes of every tensor that has some, by name."""
+    images = images.to(integer.output_scale.device)
+    with torch.no_grad():
+        steps = integer.steps(images)
+        return {op.output: x.numpy(force=True) for op, x in steps if op.output in integer.program.grids}
+
+
+def compare_codes(
+    model: Any, expected: dict[str, np.ndarray], images: Tensor, layerwise: bool, optimized: bool
+) -> Agreement:
+    """Codes of every tensor that has codes in ``model``, against ``expected``.
 
     Args:
         model: a ModelProto whose values bear the program's names.
-        layerwise: every layer reads the integer model's codes, so that differences are the layer's own; else the
-            images go through the whole graph.
+        expected: of :func:`codes_of`.
+        images: the same.
+        layerwise: every layer reads the expected codes, so that differences are the layer's own; else the images go
+            through the whole graph.
         optimized: with onnxruntime's graph optimization.
     """
-    grids = integer.program.grids
-    expected = {'image': images.numpy(force=True)}
-    with torch.no_grad():
-        for op, tensor in integer.steps(images):
-            if op.output in grids:
-                expected[op.output] = tensor.numpy(force=True)
-    opened, kinds = _open(model, {n: v.ndim for n, v in expected.items() if n in grids}, layerwise)
-    feed = {'image': expected['image'].astype(np.float32)}
+    opened, kinds = _open(model, {n: v.ndim for n, v in expected.items()}, layerwise)
+    feed = {'image': images.numpy(force=True).astype(np.float32)}
     if layerwise:
         feed.update({n: _held(expected[n], kinds[n]) for n in kinds})
     running = session(opened, optimized)

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..integer.program import IntegerModel, Op
+from ..integer.program import Op, Program
 from .functions import function_of, write_function
 from .graph import Graph
 from .layouts import LAYOUTS, add_layout
 from .linear import LinearWriter
-from .shapes import shapes_of
 from .softmax import write_log_int_softmax
 from .targets import Target
 
@@ -38,11 +37,22 @@ class Axis(NamedTuple):
 
 
 class QdqWriter:
-    """Writes the operations of ``model`` into ``graph``; a method for each kernel."""
+    """Writes the operations of ``program`` into ``graph``; a method for each kernel.
 
-    def __init__(self, graph: Graph, model: IntegerModel, target: Target, unsigned_weights: bool) -> None:
-        self.graph, self.target, self.program = graph, target, model.program
-        self.shapes = shapes_of(model)
+    Args:
+        shapes: of every tensor, for one image.
+        unsigned_weights: store weights as uint8 with zero point 128.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        program: Program,
+        shapes: dict[str, tuple[int, ...]],
+        target: Target,
+        unsigned_weights: bool,
+    ) -> None:
+        self.graph, self.program, self.shapes, self.target = graph, program, shapes, target
         self._makers = {op.output: op for op in self.program.ops}
         self._codes: dict[str, str] = {}  # tensor -> its codes in the graph
         self._readings: dict[str, str] = {}
