@@ -9,7 +9,7 @@ import numpy as np
 
 from .packages import need
 
-__all__ = ['OPSET', 'Graph', 'as_text']
+__all__ = ['OPSET', 'Graph']
 
 #: Of the ONNX standard: the first with LayerNormalization.
 OPSET = 17
@@ -87,8 +87,3 @@ class Graph:
         helper.set_model_props(model, dict(meta))
         self._onnx.checker.check_model(model, full_check=True)
         return model
-
-
-def as_text(value: Any) -> str:
-    """A short text of a shape or a list, for names and metadata."""
-    return 'x'.join(str(v) for v in value)

@@ -41,10 +41,10 @@ class LinearWriter:
         ratio, term = (np.broadcast_to(v, len(weight)).astype(np.float64) for v in (ratio, term))
         weight, ratio = _oriented(weight, ratio)
         source = op.inputs[0]
-        axis = w.axis(name)
+        grid = w.grid(name)
         if w.target.symmetric:  # the zero points of input and output become part of the bias
-            taken = ratio * weight.sum(1) * w.axis(source).zero
-            term = term - taken + (axis.zero if axis.bits <= 8 else 0)
+            taken = ratio * weight.sum(1) * w.grid(source).zero
+            term = term - taken + (grid.zero if grid.bits <= 8 else 0)
         if self._writer.target.gemm:
             return self._gemm(source, name, weight, ratio, term)
         return self._matmul(source, name, weight, ratio, term)
@@ -65,7 +65,7 @@ class LinearWriter:
 
     def _scales(self, source: str, name: str, ratio: np.ndarray) -> np.ndarray:
         w = self._writer
-        return np.asarray(ratio * w.axis(name).step / w.axis(source).step)
+        return np.asarray(ratio * w.grid(name).step / w.grid(source).step)
 
     def _gemm(self, source: str, name: str, weight: np.ndarray, ratio: np.ndarray, term: np.ndarray) -> str | None:
         w, scale = self._writer, self._scales(source, name, ratio)
@@ -80,8 +80,8 @@ class LinearWriter:
     def _bias(self, source: str, name: str, scale: np.ndarray, term: np.ndarray) -> str:
         """As int32 in units of the accumulator, or float where that is too narrow."""
         w = self._writer
-        unit = scale * w.axis(source).step
-        real = term * w.axis(name).step
+        unit = scale * w.grid(source).step
+        real = term * w.grid(name).step
         if not w.target.gemm or np.abs(real / unit).max() >= 2**31 - 1:
             return w.graph.constant(real, np.float32, f'{name}.bias')
         stored = w.graph.constant(np.round(real / unit), np.int32, f'{name}.bias')
@@ -94,7 +94,7 @@ class LinearWriter:
         return self._finish(name, w.graph.node('Add', y, self._bias(source, name, scale, term)))
 
     def _finish(self, name: str, y: str, shape: list[int] | None = None) -> str | None:
-        if self._writer.axis(name).bits > 8:
+        if self._writer.grid(name).bits > 8:
             return y
         self._writer.quantize(y, name, shape=shape)
         return None

@@ -24,10 +24,10 @@ from .linear import LinearWriter
 from .softmax import write_log_int_softmax
 from .targets import Target
 
-__all__ = ['Axis', 'QdqWriter']
+__all__ = ['PlainGrid', 'QdqWriter']
 
 
-class Axis(NamedTuple):
+class PlainGrid(NamedTuple):
     """The grid of a tensor of codes, in the terms above; ``factors`` is None where all are 1."""
 
     step: float
@@ -74,22 +74,22 @@ class QdqWriter:
         """The constants of ``op`` by keyword."""
         return {k: self.program.constants[name].numpy(force=True) for k, name in op.constants.items()}
 
-    def axis(self, name: str) -> Axis:
+    def grid(self, name: str) -> PlainGrid:
         """The grid of a tensor of codes.
 
         Raises:
             ValueError: a zero point for each channel.
         """
-        grid = self.program.grids[name]
-        if len(set(grid.zero)) > 1:
+        scale, zero, bits = (getattr(self.program.grids[name], field) for field in ('scale', 'zero', 'bits'))
+        if len(set(zero)) > 1:
             raise ValueError(f'{name} has a zero point for each channel: form "qdq" does not cover it')
-        factors = np.asarray(grid.scale) / min(grid.scale)
-        return Axis(min(grid.scale), grid.zero[0], factors if factors.max() > 1 else None, grid.bits)
+        factors = np.asarray(scale) / min(scale)
+        return PlainGrid(min(scale), zero[0], factors if factors.max() > 1 else None, bits)
 
     def lift(self, name: str) -> float:
         """Reading of the real zero."""
-        axis = self.axis(name)
-        return axis.zero * axis.step if self.target.symmetric else 0.0
+        grid = self.grid(name)
+        return grid.zero * grid.step if self.target.symmetric else 0.0
 
     def scalar(self, value: Any) -> str:
         """A float32 constant."""
@@ -108,21 +108,21 @@ class QdqWriter:
         """``x + term``, left out where that is 0."""
         return self.op('Add', x, term) if np.any(np.asarray(term)) else x
 
-    def zero_point(self, axis: Axis) -> str:
+    def zero_point(self, grid: PlainGrid) -> str:
         """The operand of QuantizeLinear."""
         if self.target.symmetric:
             return self.graph.constant(0, np.int8)
-        return self.graph.constant(axis.zero + 128, np.uint8)
+        return self.graph.constant(grid.zero + 128, np.uint8)
 
     def quantized(self, y: str, name: str, scale: float | None = None, output: str | None = None) -> str:
         """Codes of ``y``, in the unit of a reading of ``name`` or, with ``scale``, in another."""
-        axis = self.axis(name)
-        scale = axis.step if scale is None else scale
-        if axis.bits < 8:
-            limit, zero = 2 ** (axis.bits - 1), 0 if self.target.symmetric else axis.zero
+        grid = self.grid(name)
+        scale = grid.step if scale is None else scale
+        if grid.bits < 8:
+            limit, zero = 2 ** (grid.bits - 1), 0 if self.target.symmetric else grid.zero
             bounds = (self.scalar((stored - zero) * scale) for stored in (-limit, limit - 1))
             y = self.graph.node('Clip', y, *bounds)
-        return self.graph.node('QuantizeLinear', y, self.scalar(scale), self.zero_point(axis), output=output)
+        return self.graph.node('QuantizeLinear', y, self.scalar(scale), self.zero_point(grid), output=output)
 
     def quantize(self, y: str, name: str, scale: float | None = None, shape: list[int] | None = None) -> None:
         """Make these the codes of ``name``; ``shape`` is what they are reshaped to."""
@@ -135,9 +135,9 @@ class QdqWriter:
 
     def dequantize(self, codes: str, name: str, scale: float | None = None, output: str | None = None) -> str:
         """A reading of ``codes``, which lie on the grid of ``name``."""
-        axis = self.axis(name)
-        scale = axis.step if scale is None else scale
-        return self.graph.node('DequantizeLinear', codes, self.scalar(scale), self.zero_point(axis), output=output)
+        grid = self.grid(name)
+        scale = grid.step if scale is None else scale
+        return self.graph.node('DequantizeLinear', codes, self.scalar(scale), self.zero_point(grid), output=output)
 
     def codes(self, name: str) -> str:
         """The codes of ``name``."""
@@ -150,9 +150,9 @@ class QdqWriter:
         return self._readings[name]
 
     def _real(self, name: str, output: str | None = None) -> str:
-        axis = self.axis(name)
+        grid = self.grid(name)
         x = self.plus(self.reading(name), -self.lift(name))
-        x = x if axis.factors is None else self.op('Mul', x, axis.factors)
+        x = x if grid.factors is None else self.op('Mul', x, grid.factors)
         return x if output is None else self.graph.node('Identity', x, output=output)
 
     # ---------------------------------------------------------------- kernels, named as in integer/kernels.py
@@ -164,8 +164,8 @@ class QdqWriter:
         self._readings[op.output] = self.scalar(self._read(value, op.output))
 
     def _read(self, stored: Any, name: str) -> np.ndarray:
-        axis = self.axis(name)
-        return (np.asarray(stored, np.float64) - (0 if self.target.symmetric else axis.zero)) * axis.step
+        grid = self.grid(name)
+        return (np.asarray(stored, np.float64) - (0 if self.target.symmetric else grid.zero)) * grid.step
 
     def _layout(self, op: Op) -> None:
         source = op.inputs[0]
@@ -193,10 +193,10 @@ class QdqWriter:
             self._scores(maker, op.output, float(ratio))
         else:
             source = maker.inputs[0]
-            step, count = self.axis(op.output).step, self._count(maker)
+            step, count = self.grid(op.output).step, self._count(maker)
             mean = self.graph.node('ReduceMean', self.reading(source), axes=list(maker.settings['dims']), keepdims=0)
-            mean = self.times(mean, ratio * count * step / self.axis(source).step)
-            constant = self.lift(op.output) - self.lift(source) * float(ratio) * count * step / self.axis(source).step
+            mean = self.times(mean, ratio * count * step / self.grid(source).step)
+            constant = self.lift(op.output) - self.lift(source) * float(ratio) * count * step / self.grid(source).step
             self.quantize(self.plus(mean, constant + term * step), op.output)
 
     def _count(self, op: Op) -> int:
@@ -205,15 +205,15 @@ class QdqWriter:
     def _scores(self, op: Op, name: str, ratio: float) -> None:
         """A product of two activations: its factor goes into the quantizer's scale."""
         a, b = (self.plus(self.reading(x), -self.lift(x)) for x in op.inputs)
-        unit = self.axis(op.inputs[0]).step * self.axis(op.inputs[1]).step
+        unit = self.grid(op.inputs[0]).step * self.grid(op.inputs[1]).step
         scale = unit / ratio
-        product = self.plus(self.graph.node('MatMul', a, b), self.lift(name) / self.axis(name).step * scale)
+        product = self.plus(self.graph.node('MatMul', a, b), self.lift(name) / self.grid(name).step * scale)
         self.quantize(product, name, scale)
 
     def _add(self, op: Op, *, gain_a: Any, gain_b: Any, zero: Any, shift: int, **unused: Any) -> None:
-        step, parts, constant = self.axis(op.output).step, [], np.asarray(self.lift(op.output))
+        step, parts, constant = self.grid(op.output).step, [], np.asarray(self.lift(op.output))
         for name, gain in zip(op.inputs, (gain_a, gain_b), strict=True):
-            factor = gain / 2.0**shift * step / self.axis(name).step
+            factor = gain / 2.0**shift * step / self.grid(name).step
             parts.append(self.times(self.reading(name), factor))
             constant = constant - self.lift(name) * factor
         self.quantize(self.plus(self.graph.node('Add', *parts), constant), op.output)
@@ -231,9 +231,9 @@ class QdqWriter:
     def _layernorm(
         self, op: Op, *, gain: Any, offset: Any, shifts: Any, guard: int, bits: int, **unused: Any
     ) -> None:
-        source, axis, channels = self.axis(op.inputs[0]), self.axis(op.output), len(gain)
-        gamma = gain / 2.0 ** (shifts.astype(np.int64) - 16) * axis.step
-        beta = offset / 2.0 ** shifts.astype(np.int64) * axis.step + self.lift(op.output)
+        source, grid, channels = self.grid(op.inputs[0]), self.grid(op.output), len(gain)
+        gamma = gain / 2.0 ** (shifts.astype(np.int64) - 16) * grid.step
+        beta = offset / 2.0 ** shifts.astype(np.int64) * grid.step + self.lift(op.output)
         epsilon = guard * (source.step / channels) ** 2
         x = self._real(op.inputs[0])
         scale, bias = self.scalar(gamma), self.scalar(beta)
@@ -246,10 +246,10 @@ class QdqWriter:
         logits, value = op.inputs
         steps = self.dequantize(self._codes[logits], logits, scale=1.0)
         weights = write_log_int_softmax(
-            self.graph, steps, self.shapes[logits], exponents, self.axis(logits).step, mask
+            self.graph, steps, self.shapes[logits], exponents, self.grid(logits).step, mask
         )
         total = self.graph.node('ReduceSum', weights, self.graph.constant([-1], np.int64), keepdims=1)
-        factor = gain / 2.0**shift * self.axis(op.output).step / self.axis(value).step
+        factor = gain / 2.0**shift * self.grid(op.output).step / self.grid(value).step
         sums = self.graph.node('MatMul', weights, self.reading(value))
         mean = self.times(self.graph.node('Div', sums, total), factor)
         # weights sum to 1, so the mean's lift is the value's
