@@ -309,6 +309,7 @@ def test_differences_are_counted(vit, tmp_path):
         (dict(form='integer', target='tensorrt'), 'no MatMulInteger'),
         (dict(target='tensorrt', weights='uint8'), "for form 'qdq' and target 'onnxruntime'"),
         (dict(path='missing/m.onnx'), 'there is no folder'),
+        (dict(images=torch.zeros(2, 3, 31, 32)), r'takes \(B, 3, 32, 32\)'),
     ],
 )
 def test_what_does_not_exist_is_refused(vit, tmp_path, options, message):

@@ -139,11 +139,12 @@ def _proto(graph: Graph, program: Program, shapes: dict[str, tuple[int, ...]], m
 
 
 def _images(integer: IntegerModel, images: Tensor | None) -> Tensor:
-    if images is not None:
-        return images
-    generator = torch.Generator().manual_seed(0)
     shape = (image_channels(integer.program), *integer.program.image_size)
-    return torch.randn(2, *shape, generator=generator)
+    if images is None:
+        return torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    if images.shape[1:] != shape or not len(images):
+        raise ValueError(f'images are {tuple(images.shape)}; the model takes (B, {", ".join(map(str, shape))})')
+    return images.float()
 
 
 def _prove(proto: Any, integer: IntegerModel, form: str, images: Tensor) -> tuple[Agreement, Agreement]:
