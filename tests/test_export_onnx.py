@@ -80,7 +80,9 @@ def test_the_integer_form_holds_no_float_between_image_and_logits(vit, tmp_path)
     assert all(name.startswith('image') for name in inside)  # its quantization; roots are float64, exact
 
 
-@pytest.mark.parametrize('options', [dict(weight_bits=4), dict(act_bits=6), dict(ptf=False), dict(name='fqvit_w8a8')])
+@pytest.mark.parametrize(
+    'options', [dict(weight_bits=4), dict(weight_bits=7), dict(act_bits=6), dict(ptf=False), dict(name='fqvit_w8a8')]
+)
 def test_other_schemes_are_exact_too(options, tmp_path):
     x = models.images(4)
     model = to_integer(calibrated(models.vit(), x, **options))
