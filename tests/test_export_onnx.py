@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fqvit_plugin.export import convert, to_onnx
-from fqvit_plugin.export.functions import FUNCTIONS, function_of
+from fqvit_plugin.export.functions import FUNCTIONS, function_of, write_function
 from fqvit_plugin.export.graph import Graph
 from fqvit_plugin.export.integer_form import code_offset, floor_root, rounded
 from fqvit_plugin.export.proof import codes_of, compare_codes, session
@@ -19,7 +19,7 @@ from fqvit_plugin.export.targets import TARGETS
 from fqvit_plugin.export.tensorrt import check_tensorrt
 from fqvit_plugin.integer.checkpoint import load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
-from fqvit_plugin.integer.program import Grid
+from fqvit_plugin.integer.program import Grid, IntegerModel
 
 from . import models
 from .test_integer import MODELS, calibrated
@@ -88,6 +88,15 @@ def test_other_schemes_are_exact_too(options, tmp_path):
     model = to_integer(calibrated(models.vit(), x, **options))
     assert to_onnx(model, tmp_path / 'm.onnx', form='integer', images=x).plain.exact
     assert to_onnx(model, tmp_path / 'q.onnx', images=x).plain.largest <= 1
+
+
+@pytest.mark.parametrize('patches', [dict(stride=4), dict(padding=3)], ids=['overlapping', 'padded'])
+def test_other_patches_are_cut_alike(patches, tmp_path):
+    x = models.images(3)
+    model = to_integer(calibrated(models.vit(patch_cfg=patches), x))
+    assert to_onnx(model, tmp_path / 'm.onnx', form='integer', images=x).plain.exact
+    for target in TARGETS:
+        assert to_onnx(model, tmp_path / 'm.onnx', target=target, images=x).plain.largest <= 1
 
 
 def test_an_integer_checkpoint_alone_can_be_exported(vit, tmp_path):
@@ -196,6 +205,38 @@ def test_tables_are_recognized():
         assert function_of(table, source, target) == name
     with pytest.raises(ValueError, match='none of identity, gelu'):
         function_of((torch.sin(x) / 0.05).to(torch.int8), source, target)
+
+
+@pytest.mark.parametrize('name', sorted(FUNCTIONS.keys() - {'identity'}))
+def test_functions_are_written_as_they_are(name):
+    values = np.linspace(-6, 6, 1001, dtype=np.float32)
+    graph = Graph()
+    y = write_function(graph, name, graph.constant(values, np.float32, 'values'))
+    proto = graph.model({}, {}, {})
+    proto.graph.output.append(onnx.helper.make_tensor_value_info('y', onnx.TensorProto.FLOAT, [1001]))
+    proto.graph.node.append(onnx.helper.make_node('Identity', [y], ['y']))
+    (found,) = session(proto, optimized=True).run(None, {})
+    assert np.allclose(found, FUNCTIONS[name](torch.from_numpy(values).double()).numpy(), atol=2e-6)
+
+
+def test_programs_without_a_qdq_form_are_refused(vit, tmp_path):
+    model, _ = vit
+    program = model.program
+    name = next(n for n in program.constants if n.endswith('qkv_act.sums:weight') or n.endswith('qkv.sums:weight'))
+    weight = program.constants[name].clone()
+    weight[0, 0] = -128
+    wide = IntegerModel(dataclasses.replace(program, constants={**program.constants, name: weight}))
+    with pytest.raises(ValueError, match='a weight is -128'):
+        to_onnx(wide, tmp_path / 'm.onnx')
+    grid = program.grids['backbone.residual_act']
+    uneven = dataclasses.replace(grid, zero=(1, *[0] * (len(grid.scale) - 1)))
+    uneven = IntegerModel(dataclasses.replace(program, grids={**program.grids, 'backbone.residual_act': uneven}))
+    with pytest.raises(ValueError, match='a zero point for each channel'):
+        to_onnx(uneven, tmp_path / 'm.onnx')
+    table = next(n for n in program.constants if n.endswith('hidden_act:table'))
+    odd = {**program.constants, table: program.constants[table].flip(0)}
+    with pytest.raises(ValueError, match="form='integer' has"):
+        to_onnx(IntegerModel(dataclasses.replace(program, constants=odd)), tmp_path / 'm.onnx')
 
 
 # ---------------------------------------------------------------- OpenVINO, an engine that is not ours
