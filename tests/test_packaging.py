@@ -128,7 +128,7 @@ def test_metadata(built):
     assert re.search('^Name: fqvit[-_]plugin$', metadata, re.MULTILINE)  # older setuptools write the hyphen
     assert '\nDescription-Content-Type: text/markdown\n' in metadata
     extras = set(re.findall(r'^Provides-Extra: (.+)$', metadata, re.MULTILINE))
-    assert {'demo', 'dev', 'docs'} <= extras
+    assert {'demo', 'dev', 'docs', 'export'} <= extras
 
 
 def test_the_installed_package_is_the_one_that_runs(installed, job):
