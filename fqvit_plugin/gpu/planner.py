@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..integer.program import Op, Program
-from .steps import LARGEST_DIMS, LARGEST_TOKENS, Attention, FusedLinear, FusedNorm, PlainKernel, ResidualAdd, Step
+from .steps import Attention, FusedLinear, FusedNorm, PlainKernel, ResidualAdd, Step
 
 __all__ = ['plan']
 
@@ -79,7 +79,7 @@ class _Planner:
 
     def _attention(self, op: Op) -> tuple[list[Op], Step] | None:
         affine = self._next(op, 'affine')
-        if affine is None or not _single_numbers(self._arguments(affine)) or not self._fits(op):
+        if affine is None or not _single_numbers(self._arguments(affine)):
             return None
         ops, last, bias, sum_arguments = [op, affine], affine, None, None
         add = self._next(affine, 'add')
@@ -96,19 +96,6 @@ class _Planner:
         inputs = (*op.inputs, attend.inputs[1])
         matmul, rescale, mean = (self._arguments(o) for o in (op, affine, attend))
         return ops, Attention(inputs, attend.output, matmul, rescale, sum_arguments, bias, mean)
-
-    def _fits(self, op: Op) -> bool:
-        """Whether the kernel takes so many tokens; :func:`~fqvit_plugin.integer.common.add_heads` says how many."""
-        for name in op.inputs:
-            source = self._maker.get(name)
-            while source is not None and source.kind in ('select', 'permute'):
-                source = self._maker.get(source.inputs[0])
-            if source is None or source.kind != 'reshape' or len(source.settings['shape']) != 5:
-                return False
-            _, tokens, _, _, dims = source.settings['shape']
-            if tokens > LARGEST_TOKENS or dims > LARGEST_DIMS:
-                return False
-        return True
 
     def _bias(self, add: Op, affine: Op) -> Tensor | None:
         """The constant that ``add`` adds to the scores."""

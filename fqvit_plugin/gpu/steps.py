@@ -20,21 +20,7 @@ from .kernels.attention import attention_kernel
 from .kernels.gemm import linear_kernel
 from .kernels.rows import add_kernel, layernorm_kernel
 
-__all__ = [
-    'LARGEST_DIMS',
-    'LARGEST_TOKENS',
-    'Attention',
-    'FusedLinear',
-    'FusedNorm',
-    'PlainKernel',
-    'ResidualAdd',
-    'Step',
-]
-
-#: A block of queries holds its scores over all tokens in registers.
-LARGEST_TOKENS = 1024
-#: And a whole head.
-LARGEST_DIMS = 256
+__all__ = ['Attention', 'FusedLinear', 'FusedNorm', 'PlainKernel', 'ResidualAdd', 'Step']
 
 
 class Step(nn.Module):
@@ -79,7 +65,7 @@ def _dtype(bits: int) -> torch.dtype:
     return torch.int8 if bits <= 8 else torch.int16
 
 
-def _blocks(channels: int, most: int = 4096) -> tuple[int, int]:
+def _blocks(channels: int, most: int = 2048) -> tuple[int, int]:
     """Rows and channels of a program that has about ``most`` elements."""
     block = triton.next_power_of_2(channels)
     return max(1, min(64, most // block)), block
@@ -196,7 +182,8 @@ class ResidualAdd(Step):
         block_r, block_c = _blocks(min(channels, 1024))
         add_kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
             a, b, out, self.gain_a, self.gain_b, self.offset, self.zero, rows, b_rows, self.shift,
-            int(self.gain_a.numel() > 1), CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c, **_limits(self.bits),
+            PER_CHANNEL=self.gain_a.numel() > 1, CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c,
+            **_limits(self.bits),
         )  # fmt: skip
         return out
 
@@ -251,15 +238,16 @@ class Attention(Step):
         """Queries (B, heads, N, D), transposed keys and values to (B, heads, N, D), a view of (B, N, heads, D)."""
         batch, heads, tokens, dims = q.shape
         out = torch.empty(batch, tokens, heads, dims, dtype=_dtype(self.bits), device=q.device).transpose(1, 2)
-        block_t = max(32, triton.next_power_of_2(tokens))
-        block_q = min(64, block_t, max(16, 16384 // block_t))
         k = k.transpose(2, 3)
-        attention_kernel[(batch * heads, triton.cdiv(tokens, block_q))](
+
+        def grid(meta: Mapping[str, int]) -> tuple[int, int]:
+            return batch * heads, triton.cdiv(tokens, meta['BLOCK_Q'])
+
+        attention_kernel[grid](
             q, k, v, out, self.powers, self.bias, self.mask, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
             *self.scores, *self.sum, self.mask.shape[0], *self.zeros, *self.mean, len(self.powers), heads,
             N=tokens, D=dims, BIAS=self.has_bias, MASK=self.has_mask, **self.limits, **_limits(self.bits),
-            BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_D=max(32, triton.next_power_of_2(dims)),
-            num_warps=4 if block_t <= 64 else 8,
+            BLOCK_D=max(32, triton.next_power_of_2(dims)),
         )  # fmt: skip
         return out
 

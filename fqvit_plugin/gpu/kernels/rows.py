@@ -54,7 +54,7 @@ def layernorm_kernel(
     tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=['rows', 'b_rows', 'shift', 'step'])
+@triton.jit(do_not_specialize=['rows', 'b_rows', 'shift'])
 def add_kernel(
     a_ptr,
     b_ptr,
@@ -66,7 +66,7 @@ def add_kernel(
     rows,
     b_rows,  # b repeats after so many
     shift,
-    step,  # 1 where parameters are (CHANNELS,), 0 where they are ()
+    PER_CHANNEL: tl.constexpr,  # parameters are (CHANNELS,), else ()
     CHANNELS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -78,10 +78,14 @@ def add_kernel(
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < CHANNELS
     inside = (row < rows)[:, None] & known[None, :]
-    gain_a = tl.load(gain_a_ptr + channel * step, mask=known, other=0)[None, :].to(tl.int64)
-    gain_b = tl.load(gain_b_ptr + channel * step, mask=known, other=0)[None, :].to(tl.int64)
-    offset = tl.load(offset_ptr + channel * step, mask=known, other=0)[None, :]
-    zero = tl.load(zero_ptr + channel * step, mask=known, other=0)[None, :]
+    if PER_CHANNEL:
+        gain_a = tl.load(gain_a_ptr + channel, mask=known, other=0)[None, :].to(tl.int64)
+        gain_b = tl.load(gain_b_ptr + channel, mask=known, other=0)[None, :].to(tl.int64)
+        offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
+        zero = tl.load(zero_ptr + channel, mask=known, other=0)[None, :]
+    else:
+        gain_a, gain_b = tl.load(gain_a_ptr).to(tl.int64), tl.load(gain_b_ptr).to(tl.int64)
+        offset, zero = tl.load(offset_ptr), tl.load(zero_ptr)
     at = row[:, None] * CHANNELS + channel[None, :]
     a = tl.load(a_ptr + at, mask=inside, other=0).to(tl.int64)
     b = tl.load(b_ptr + (row % b_rows)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0).to(tl.int64)
