@@ -22,7 +22,7 @@ class GpuModel(nn.Module):
     """Runs an integer model's program by fused Triton kernels, with equal codes.
 
     Args:
-        integer: the model; its constants are copied, where it lies does not matter.
+        integer: the model; its program is read; on which device it lies does not matter.
         cuda_graph: record the kernels of each batch size once and replay them, which spares their launches. The
             first call of a batch size is then slow, and memory for it stays taken.
 
@@ -47,8 +47,8 @@ class GpuModel(nn.Module):
         self.image_size = program.image_size
         self._steps: list[Step] = plan(program)
         self.fused = nn.ModuleList(self._steps)  # for to(device)
-        self.register_buffer('output_scale', integer.output_scale.detach().cpu().clone())
-        self.register_buffer('output_zero', integer.output_zero.detach().cpu().clone())
+        self.register_buffer('output_scale', integer.output_scale.detach().cpu().clone(), persistent=False)
+        self.register_buffer('output_zero', integer.output_zero.detach().cpu().clone(), persistent=False)
         self._last_use = {name: i for i, step in enumerate(self._steps) for name in step.inputs}
         self._cuda_graph = cuda_graph
         self._graphs: dict[tuple[torch.device, torch.Size], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
