@@ -270,10 +270,10 @@ def test_without_triton_or_cuda_it_says_what_to_do(bare, monkeypatch):
     integer = IntegerModel.__new__(IntegerModel)
     with pytest.raises(RuntimeError, match=r'CUDA.*run the IntegerModel'):
         GpuModel(integer)
-    monkeypatch.setattr(support.metadata, 'version', lambda name: '2.1.0')
+    monkeypatch.setattr(triton, '__version__', '2.1.0')
     with pytest.raises(RuntimeError, match=r'Triton 2\.1\.0 is too old'):
         GpuModel(integer)
-    monkeypatch.setattr(support, 'find_spec', lambda name: None)
+    monkeypatch.setitem(sys.modules, 'triton', None)  # importing it fails
     with pytest.raises(RuntimeError, match='Triton is not installed: pip install'):
         GpuModel(integer)
 

@@ -1,10 +1,8 @@
-"""What this machine lacks for the GPU kernels. Needs neither Triton nor a GPU to be imported."""
+"""What this machine lacks for the GPU kernels. It can be imported without Triton and without a GPU."""
 
 from __future__ import annotations
 
 import os
-from importlib import metadata
-from importlib.util import find_spec
 
 import torch
 
@@ -21,11 +19,12 @@ def interpreted() -> bool:
 
 def missing() -> str | None:
     """Why :class:`~fqvit_plugin.gpu.GpuModel` cannot run here and what to do; None where it can."""
-    if find_spec('triton') is None:
+    try:
+        import triton
+    except ImportError:
         return 'Triton is not installed: pip install "triton>=3"; wheels of torch for CUDA on Linux bring it'
-    version = metadata.version('triton')
-    if int(version.partition('.')[0]) < 3:
-        return f'Triton {version} is too old: the kernels need 3.0, which torch 2.4 for CUDA brings'
+    if int(triton.__version__.partition('.')[0]) < 3:
+        return f'Triton {triton.__version__} is too old: the kernels need 3.0, which torch 2.4 for CUDA brings'
     if interpreted() or torch.cuda.is_available():
         return None
     built = 'torch finds no CUDA device' if torch.version.cuda else f'torch {torch.__version__} is built without CUDA'
