@@ -25,6 +25,7 @@ from mmpretrain.models.utils import ShiftWindowMSA
 from torch import Tensor, nn
 
 import fqvit_plugin as fq
+from fqvit_plugin.gpu import GpuModel
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.native.model import NativeModel
 from fqvit_plugin.scheme import QuantScheme
@@ -201,3 +202,28 @@ def _integer(material: Material) -> Run:
 def _native(material: Material) -> Run:
     model = NativeModel(material.integer)
     return lambda images: model(images)
+
+
+def _on_gpu(run: Run) -> Run:
+    """``run`` on a GPU: the same batch is sent there once, its logits come back every time."""
+    last: list[Tensor] = []
+
+    def call(images: Tensor) -> Tensor:
+        if not last or last[0] is not images:
+            last[:] = [images, images.cuda()]
+        logits: Tensor = run(last[1])
+        return logits.float().cpu()  # waits for the GPU
+
+    return call
+
+
+@engine('gpu', 'int8', needs=['triton'])
+def _gpu(material: Material) -> Run:
+    return _on_gpu(GpuModel(material.integer, cuda_graph=True).cuda())
+
+
+@engine('gpu-bf16', 'bfloat16')
+def _gpu_bf16(material: Material) -> Run:
+    model = _Logits(copy.deepcopy(material.model).cuda().bfloat16())
+    compiled = torch.compile(model, mode='max-autotune', dynamic=False)
+    return _on_gpu(lambda images: compiled(images.bfloat16()))
