@@ -301,7 +301,11 @@ def test_deit_tiny_on_photographs():
     cfg, model = accuracy.load_model('deit_t', folder / 'weights')
     photos = accuracy.read_photos(folder / 'calib', cfg.test_dataloader.dataset.pipeline)
     x = model.data_preprocessor({'inputs': photos.images[:3]}, False)['inputs']
-    integer = to_integer(models.quantized(model, [x]))
+    simulated = models.quantized(model, [x])
+    integer = to_integer(simulated)
     native = NativeModel(integer)
     assert native.fallbacks == []
-    assert torch.equal(native(x), integer(x))
+    logits = native(x)
+    assert torch.equal(logits, integer(x))
+    with torch.no_grad():
+        assert torch.equal(logits, simulated(x))
