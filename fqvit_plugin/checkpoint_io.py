@@ -237,7 +237,19 @@ def _origin(value: Any) -> str | None:
 
 def _unreadable(file: Path, error: Exception) -> ValueError:
     said = (str(error).strip() or 'no message').splitlines()[0][:120]
-    return ValueError(f'{file} is not a readable checkpoint{damage_hint(file)} ({type(error).__name__}: {said})')
+    hint = _SAFETENSORS if _is_safetensors(file) else damage_hint(file)
+    return ValueError(f'{file} is not a readable checkpoint{hint} ({type(error).__name__}: {said})')
+
+
+_SAFETENSORS = (
+    ': it is a safetensors file. An integer checkpoint goes with a config of configs/integer/, of model '
+    "dict(type='fqvit_plugin.IntegerClassifier'); float weights, through tools/convert_checkpoint.py first"
+)
+
+
+def _is_safetensors(file: Path) -> bool:
+    with file.open('rb') as stream:
+        return stream.read(9)[8:] == b'{'  # the header's length in eight bytes, then JSON
 
 
 def damage_hint(file: Path) -> str:
@@ -250,11 +262,6 @@ def damage_hint(file: Path) -> str:
         return ': it is a Git LFS pointer, run `git lfs pull` to get the file itself'
     if start.lstrip()[:1] == b'<':
         return ': it looks like a saved web page, download the file itself'
-    if start[8:9] == b'{':  # safetensors: the header's length in eight bytes, then JSON
-        return (
-            ': it is a safetensors file. An integer checkpoint goes with a config of configs/integer/, of model '
-            "dict(type='fqvit_plugin.IntegerClassifier'); float weights, through tools/convert_checkpoint.py first"
-        )
     return ': it is truncated or of another format, download or save it again'
 
 
