@@ -183,6 +183,7 @@ def _torch(material: Material) -> Run:
 
 @engine('compile', 'float32')
 def _compile(material: Material) -> Run:
+    torch._dynamo.reset()  # torch 2.1 warns where options differ from those of an earlier compilation
     # dynamic=False: code for each batch size of its own, as the others have
     model = torch.compile(_Logits(material.model), backend=material.compile_backend, dynamic=False)
     return lambda images: model(images)
