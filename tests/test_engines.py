@@ -118,6 +118,11 @@ def test_float_engines_give_torchs_logits_for_every_batch_size(material, name):
     torch.testing.assert_close(one, expected[:1], atol=1e-4, rtol=1e-3)
 
 
+def test_exporting_leaves_the_model_in_eval_mode(material):
+    assert material.onnx.is_file()
+    assert not any(module.training for module in material.model.modules())
+
+
 SLOW = pytest.param('openvino-int8', marks=pytest.mark.slow)
 
 

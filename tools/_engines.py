@@ -88,7 +88,7 @@ class Material:
         ):
             warnings.simplefilter('ignore')  # of what tracing takes for constant, which is: sizes but for the batch
             torch.onnx.export(
-                _Logits(self.model), (example,), str(path), opset_version=17, input_names=['image'],
+                _Logits(self.model).eval(), (example,), str(path), opset_version=17, input_names=['image'],
                 output_names=['logits'], dynamic_axes={'image': {0: 'batch'}, 'logits': {0: 'batch'}}, **options,
             )  # fmt: skip
         return path
@@ -101,7 +101,10 @@ def _window_reverse(windows: Tensor, height: int, width: int, size: int) -> Tens
 
 
 class _Logits(nn.Module):
-    """The classifier as a function of one argument."""
+    """The classifier as a function of one argument.
+
+    Call ``eval()`` on it as well: an exporter that finds the outside in train mode leaves the inside in it too.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -185,7 +188,7 @@ def _torch(material: Material) -> Run:
 def _compile(material: Material) -> Run:
     torch._dynamo.reset()  # torch 2.1 warns where options differ from those of an earlier compilation
     # dynamic=False: code for each batch size of its own, as the others have
-    model = torch.compile(_Logits(material.model), backend=material.compile_backend, dynamic=False)
+    model = torch.compile(_Logits(material.model).eval(), backend=material.compile_backend, dynamic=False)
     return lambda images: model(images)
 
 
