@@ -50,7 +50,7 @@ MODELS = {
     'deit3': (lambda: models.vit('DeiT3'), 32, {}),
     'swin': (lambda: models.swin(), 56, {}),
     'swin, padded windows': (lambda: models.swin(img_size=60), 60, {}),
-    'swin, odd maps': (lambda: models.swin(img_size=68), 68, dict(ptf=False)),
+    'swin, odd maps': (lambda: models.swin(img_size=68), 68, {}),
 }
 
 

@@ -263,7 +263,7 @@ class Builder:
         ratios = torch.log2(x.scale / x.scale.min())
         if not torch.equal(ratios, ratios.round()) or 2 ** ratios.max() > PTF_LARGEST:
             raise ValueError(
-                f'{x.name}: the integer LayerNorm wants scales apart by powers of two up to {PTF_LARGEST}, as PTF has them'
+                f'{x.name}: the integer LayerNorm wants scales that are apart by powers of two, {PTF_LARGEST} at most'
             )
         # the same float32 scales and the same functions as the simulation, hence the same integers
         limit = 2 ** (x.bits - 1)
