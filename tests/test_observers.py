@@ -284,7 +284,7 @@ def slow_ptf(last, ends, bit_type, arithmetic, axis):
     for row, (lo, hi) in zip(rows_of(last, axis), ends, strict=True):
         candidates = []
         for scale in (base * factor for factor in factors):
-            if arithmetic == 'strict':  # of the channel's own range with 0, cut at both ends alike where it is too wide
+            if arithmetic == 'strict':  # of the channel's own range with 0, cut at both ends alike
                 lo, hi = min(lo, 0.0), max(hi, 0.0)
                 cut = min(1.0, kind.qmax * scale / (hi - lo)) if hi > lo else 1.0
                 zero = min(max(round(-lo * cut / scale), 0), kind.qmax)
@@ -348,7 +348,7 @@ def test_zero_points_of_ptf():
     scale, zero_point = observe(PtfObserver(UINT8, axis=0, arithmetic='reference'), [x])
     assert scale.tolist() == [1.0, 0.125]
     assert zero_point.item() == 100
-    # strict: 128 s = 1; s itself covers no more than 1.99 of the second channel's 2, so that 2 s is exact and s is not
+    # strict: 128 s = 1; s itself covers no more than 1.99 of the second channel's 2, 2 s is exact
     scale, zero_point = observe(PtfObserver(UINT8, axis=0), [x])
     assert scale.tolist() == [1.0, 2 / 128]
     assert zero_point.tolist() == [100, 64]
