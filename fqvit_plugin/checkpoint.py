@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _KEY = 'fqvit'
-_FORMAT = 1
+_FORMAT = 2  # 1: schemes without `branch`, one zero point for a residual stream
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,9 @@ def stored_scheme(checkpoint: Mapping[str, Any]) -> QuantScheme:
     if info is None:
         raise ValueError('this is no calibrated checkpoint: calibrate with tools/calibrate.py or the QuantHook')
     if info.get('format') != _FORMAT:
-        raise ValueError(f'calibrated checkpoint of format {info.get("format")!r}; this version reads {_FORMAT}')
+        raise ValueError(
+            f'calibrated checkpoint of format {info.get("format")!r}; this version reads {_FORMAT}: calibrate again'
+        )
     return QuantScheme.from_dict(info['scheme'])
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     'EPS',
+    'FINEST',
     'Arithmetic',
     'affine_qparams',
     'align',
@@ -33,6 +34,9 @@ Arithmetic = Literal['strict', 'reference']
 
 #: The smallest scale: a constant zero tensor still has a grid.
 EPS = torch.finfo(torch.float32).eps
+#: The smallest scale of a channel over the largest of its tensor, strict and affine. All channels' gains share one
+#: shift (dyadic.rescale), so a dead channel's grid, if it were as fine as it liked, would take the others' bits.
+FINEST = 2.0**-10
 
 
 def flatten_channels(x: Tensor, axis: int | None) -> Tensor:
@@ -76,7 +80,8 @@ def affine_qparams(
     """Scale and zero point of a grid over ``[lo, hi]``: ``scale = (hi - lo) / (qmax - qmin)``.
 
     Strict arithmetic first widens the range to hold 0, so that 0 is a code and an all-positive tensor does not
-    saturate; the reference does not, and clamps the zero point instead.
+    saturate; the reference does not, and clamps the zero point instead. Nor is a channel's scale below ``FINEST``
+    times the largest in strict arithmetic.
 
     Args:
         lo, hi: range ends, shape () or (C,).
@@ -86,6 +91,8 @@ def affine_qparams(
     if arithmetic == 'strict':
         lo, hi = lo.clamp_max(0), hi.clamp_min(0)
     scale = ((hi - lo) / float(qmax - qmin)).clamp_min(EPS)
+    if arithmetic == 'strict':
+        scale = scale.clamp_min(scale.max() * FINEST)
     zero_point = (qmin - torch.round(lo / scale)).clamp(qmin, qmax)
     return scale, zero_point.to(torch.int32)
 

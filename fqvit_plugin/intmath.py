@@ -20,6 +20,7 @@ __all__ = [
     'LARGEST_EXPONENT',
     'LayerNormConstants',
     'by_slices',
+    'input_range',
     'int_layernorm',
     'int_layernorm_reference',
     'layernorm_constants',
@@ -102,7 +103,7 @@ _XHAT_BITS = 16
 def int_layernorm(
     x: Tensor,
     in_scale: Tensor,
-    in_range: int,
+    in_range: int | Tensor,
     out_scale: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -118,13 +119,13 @@ def int_layernorm(
     Args:
         x: (…, C), on the grid of ``in_scale``.
         in_scale: (C,) or (), ``s * 2**k`` per channel.
-        in_range: the largest ``|u|`` that occurs: code span times the largest factor.
+        in_range: the largest difference between two ``u``, and no ``|u|`` is larger; see :func:`input_range`.
         out_scale: () or (C,), step of the output grid.
         weight, bias: (C,).
         eps: LayerNorm's own, in squared units of the real input.
     Returns:
-        (…, C) float32, whole steps of ``out_scale``, not yet saturated. Exact integers for inputs up to 12 bits and
-        ``C in_range`` up to 2**24; above, sums are rounded.
+        (…, C) float32, whole steps of ``out_scale``, not yet saturated. Exact integers for ``|u|`` up to 2**19 (12
+        bits and factors up to 128) while ``C sum u**2`` stays below 2**53; above, sums are rounded.
 
     Source: FQ-ViT, section 4.1; I-BERT's integer root. Deviations: docs/numerics.md.
     """
@@ -141,6 +142,7 @@ class LayerNormConstants(NamedTuple):
         root_bits: (), fractional bits of the root.
         gain, offset, shift: (C,), ``M``, ``B`` and ``N``.
         dtype: of the result.
+        wide: whether ``u**2`` or ``C u`` may pass 2**24, so that float32 does not hold them.
     """
 
     finest: Tensor
@@ -150,10 +152,28 @@ class LayerNormConstants(NamedTuple):
     offset: Tensor
     shift: Tensor
     dtype: torch.dtype
+    wide: bool
+
+
+def input_range(scale: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The largest difference between two ``u`` of an input of :func:`int_layernorm`, a whole number.
+
+    Args:
+        scale: () or (C,), ``s * 2**k``.
+        low, high: () or (C,), the smallest and the largest steps of a channel, at most and at least 0.
+    """
+    factor = (scale / scale.min()).round()
+    return (high * factor).max() - (low * factor).min()
 
 
 def layernorm_constants(
-    channels: int, in_scale: Tensor, in_range: int, out_scale: Tensor, weight: Tensor, bias: Tensor, eps: float
+    channels: int,
+    in_scale: Tensor,
+    in_range: int | Tensor,
+    out_scale: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
 ) -> LayerNormConstants:
     """The constants of a layer; arguments as :func:`int_layernorm`'s."""
     finest = in_scale.min()
@@ -161,23 +181,28 @@ def layernorm_constants(
     # Fractional bits of the root, a constant of the layer: as many as keep its radicand within 2**52, where float64
     # roots floor exactly. The guard counts: it outweighs the variance where activations are small. Negative above
     # 12-bit inputs.
+    in_range = torch.as_tensor(in_range, dtype=torch.float64, device=in_scale.device)
     root_bits = 26 - torch.ceil(torch.log2((channels * in_range / 2) ** 2 + guard) / 2)
     root_bits = root_bits.clamp_max(17)  # 2**(45 + 17) is the largest numerator that int64 holds
     affine = _dyadic_affine(weight.double() / out_scale, bias.double() / out_scale)
-    return LayerNormConstants(finest, guard, root_bits, *affine, out_scale.dtype)
+    # what a compiler traces may not depend on values; either way gives the same numbers
+    wide = is_compiling() or bool(in_range > 2**12) or bool(channels * in_range > 2**24)
+    return LayerNormConstants(finest, guard, root_bits, *affine, out_scale.dtype, wide)
 
 
 def whole_layernorm(x: Tensor, layer: LayerNormConstants) -> Tensor:
     """:func:`int_layernorm` by constants that are known, in float64."""
     channels = x.shape[-1]
-    u = torch.div(x, layer.finest).round_()  # |u| <= in_range < 2**12 for 8 bits with factors up to 8
-    sum_ = u.sum(dim=-1, keepdim=True)  # < 2**24 in float32, as are the squares
+    u = torch.div(x, layer.finest).round_()  # |u| <= in_range: 2**12 for 8 bits with factors up to 8, 2**15 up to 128
+    if layer.wide:
+        u = u.double()
+    sum_ = u.sum(dim=-1, keepdim=True)  # <= C in_range, which float32 holds up to 2**24, as it does the squares
     square_sum = (u * u).sum(dim=-1, keepdim=True, dtype=torch.float64)
     variance = channels * square_sum - sum_.double().square()  # < (C in_range / 2)**2
     radicand = torch.floor((variance + layer.guard) * torch.exp2(2 * layer.root_bits)).clamp_max(2.0**52)
     root = radicand.sqrt().floor().clamp_min(1)
     reciprocal = torch.floor(torch.exp2(45 + layer.root_bits) / root)
-    # |C u - S| < 2**24; times the reciprocal it is |x_hat| 2**45 <= sqrt(C) 2**45 < 2**51
+    # |C u - S| <= C in_range; times the reciprocal it is |x_hat| 2**45 <= sqrt(C) 2**45 < 2**51
     x_hat = u.mul_(channels).sub_(sum_).double().mul_(reciprocal * 2.0 ** (_XHAT_BITS - 45)).add_(0.5).floor_()
     # |x_hat gain| < 2**(6 + 16 + 24); floor(v + 1/2) rounds halves up, an add and a shift in integers. Powers of two
     # go into the constants beforehand, which changes no bit.

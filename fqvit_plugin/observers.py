@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .functional import (
+    EPS,
     Arithmetic,
     affine_qparams,
     flatten_channels,
@@ -303,21 +304,39 @@ class OmseObserver(RangeObserver):
 
 @OBSERVERS.register_module(name=['ptf', 'PtfObserver'])
 class PtfObserver(RangeObserver):
-    """Power-of-Two Factor: one scale and zero point for the tensor, times ``2**k`` per channel.
+    """Power-of-Two Factor: one scale for the tensor, times ``2**k`` per channel.
 
-    ``scale_c = s * 2**k_c`` with ``k_c`` in 0 to 3, where ``8 s`` covers the whole tensor's range and ``k_c`` is
-    the factor of least squared error on the last batch (the smallest one on a tie, which gives a dead channel 0).
-    The zero point belongs to the largest factor and is shared, as the integer LayerNorm needs.
+    ``scale_c = s * 2**k_c``, where ``k_c`` is the factor of least squared error on the last batch, the smallest one
+    on a tie, which gives a dead channel 0.
+
+    Strict arithmetic has eight factors and a zero point for each channel. The largest factor covers the channel of
+    the widest range; a channel's candidates have the zero point of its own range, shrunk at both ends alike where
+    the candidate is too narrow for it. The reference has four factors, the largest of which covers the range of the
+    whole tensor, whose zero point all channels share.
+
+    Args:
+        factors: how many powers of two to choose from, 1 to 8; by default 8 in strict arithmetic, 4 in the reference.
+        shared_zero_point: as the reference; the default is as the arithmetic says.
 
     Source: FQ-ViT, section 4.1. The paper's equation 10 has the zero point from ``s``; its code, which made its
-    table, takes it from ``8 s``, and so do we.
+    table, takes it from the largest factor's scale, and so does the reference here.
     """
 
-    shared_zero_point = True
-    factors = 4
-
-    def __init__(self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict') -> None:
+    def __init__(
+        self,
+        bit_type: BitType,
+        *,
+        axis: int | None = None,
+        arithmetic: Arithmetic = 'strict',
+        factors: int | None = None,
+        shared_zero_point: bool | None = None,
+    ) -> None:
         super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
+        strict = arithmetic == 'strict'
+        self.factors = factors if factors is not None else (8 if strict else 4)
+        self.shared_zero_point = shared_zero_point if shared_zero_point is not None else not strict
+        if self.factors not in range(1, 9):
+            raise ValueError(f'factors of the ptf observer must be a whole number from 1 to 8, got {factors!r}')
         if axis is None:
             raise ValueError(
                 'the ptf observer gives every channel a factor of its own, so it needs an axis; ptf=True puts it '
@@ -325,13 +344,24 @@ class PtfObserver(RangeObserver):
             )
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales of shape (C,) and the shared zero point of shape ()."""
+        """Scales of shape (C,); zero points of the same, or the shared one of shape ()."""
         lo, hi = self.bounds()
+        ends = (lo.min(), hi.max()) if self.shared_zero_point else (lo, hi)
         qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
-        widest, zero_point = affine_qparams(lo.min(), hi.max(), qmin, qmax, self.arithmetic)
-        base = widest / 2 ** (self.factors - 1)
+        covering, zero_point = affine_qparams(*ends, qmin, qmax, self.arithmetic)
+        base = covering.max() / 2 ** (self.factors - 1)
         scales = torch.stack([base * 2**k for k in range(self.factors)])[:, None]  # (K, 1)
-        grids = Grids(scales, zero_point.expand_as(scales), self.bit_type, self.arithmetic)
+        shared = self.shared_zero_point
+        zero_points = zero_point.expand_as(scales) if shared else self._zero_points(scales, lo, hi)
+        grids = Grids(scales, zero_points, self.bit_type, self.arithmetic)
         rows = flatten_channels(x.detach().float(), self.axis)
-        errors = grids.errors(rows, grids.workspace(rows))
-        return base * torch.exp2(errors.argmin(dim=0)), zero_point
+        best = grids.errors(rows, grids.workspace(rows)).argmin(dim=0)  # (C,)
+        return base * torch.exp2(best), zero_point if shared else zero_points.gather(0, best[None])[0]
+
+    def _zero_points(self, scales: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+        """(K, C) int32, of ranges ``lo`` to ``hi`` (C,) on grids of (K, 1) ``scales``."""
+        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
+        lo, hi = lo.clamp_max(0), hi.clamp_min(0)  # zero stays on the grid
+        fitting = (scales * (qmax - qmin) / (hi - lo).clamp_min(EPS)).clamp_max(1)  # (K, C)
+        zero_points = qmin - torch.round(lo * fitting / scales)
+        return zero_points.clamp(qmin, qmax).to(torch.int32)

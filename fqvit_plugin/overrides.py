@@ -11,7 +11,7 @@ from torch import nn
 
 from .layers import QAct, QConv2d, QIntSoftmax, QLinear
 from .quantizers import build_quantizer
-from .scheme import BitType, Override, QuantScheme, QuantSpec
+from .scheme import BitType, Override, QuantScheme, QuantSpec, by_channel
 
 __all__ = ['apply_overrides_']
 
@@ -77,8 +77,9 @@ def _change_(layer: Any, override: Override, device: torch.device) -> None:
         if override.act_bits is not None:
             spec = _with_bits(spec, override.act_bits)
         if override.observer is not None and _is_about(layer, 'observer'):
-            options = override.observer_options
-            spec = dataclasses.replace(spec, observer=override.observer, observer_options=options)
+            axis, options = spec.axis, override.observer_options
+            spec = dataclasses.replace(spec, observer=override.observer, axis=None, observer_options=options)
+            spec = spec if axis is None else by_channel(spec)
         channels = None if spec.axis is None else len(layer.scale)
         layer.quantizer = build_quantizer(spec, channels).to(device)
 

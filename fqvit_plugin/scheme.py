@@ -17,7 +17,16 @@ from .registry import OBSERVERS, QUANTIZERS, lookup
 if TYPE_CHECKING:
     from .observers import Observer
 
-__all__ = ['SCHEME_NAMES', 'BitType', 'Override', 'QuantScheme', 'QuantSpec', 'get_scheme', 'parse_scheme']
+__all__ = [
+    'SCHEME_NAMES',
+    'BitType',
+    'Override',
+    'QuantScheme',
+    'QuantSpec',
+    'by_channel',
+    'get_scheme',
+    'parse_scheme',
+]
 
 #: scheme name -> bits of the attention probabilities
 SCHEME_NAMES = {'fqvit_w8a8': 8, 'fqvit_w8a8_attn4': 4}
@@ -176,6 +185,7 @@ class QuantScheme:
         name: what the recipe is called in reports and checkpoints.
         weight: weights of convolutions and linear layers; axis 0 keeps its own scale.
         act: activations.
+        branch: what attention and MLP hand to the residual sum; in strict arithmetic a scale for each channel.
         norm_input: the residual stream, which every LayerNorm reads (Power-of-Two Factor lives here).
         probs: attention probabilities.
         log_int_softmax: integer Log-Int-Softmax instead of a float softmax with quantized output.
@@ -187,6 +197,7 @@ class QuantScheme:
     name: str
     weight: QuantSpec
     act: QuantSpec
+    branch: QuantSpec
     norm_input: QuantSpec
     probs: QuantSpec
     log_int_softmax: bool
@@ -216,14 +227,16 @@ class QuantScheme:
         """
         try:
             values = dict(data)
-            for field in ('weight', 'act', 'norm_input', 'probs'):
+            for field in ('weight', 'act', 'branch', 'norm_input', 'probs'):
                 spec = dict(values[field])
                 spec['bit_type'] = BitType(**spec['bit_type'])
                 spec['observer_options'] = tuple((k, v) for k, v in spec['observer_options'])
                 values[field] = QuantSpec(**spec)
             values['overrides'] = tuple(_read_override(item) for item in values.get('overrides', ()))
             return cls(**values)
-        except (KeyError, TypeError) as error:
+        except KeyError as error:
+            raise ValueError(f'not a quantization scheme of this version: it says nothing of {error}') from None
+        except TypeError as error:
             raise ValueError(f'not a quantization scheme of this version: {error}') from None
 
     def differences(self, other: QuantScheme) -> list[str]:
@@ -306,6 +319,7 @@ def get_scheme(
         name=name,
         weight=weight,
         act=act,
+        branch=act if arithmetic == 'reference' else by_channel(act),
         norm_input=norm_input,
         probs=dataclasses.replace(act, bit_type=attn_type, quantizer=probs_quantizer),
         log_int_softmax=lis,
@@ -314,6 +328,14 @@ def get_scheme(
         input_quant=input_quant,
         overrides=_parse_overrides(overrides),
     )
+
+
+def by_channel(spec: QuantSpec) -> QuantSpec:
+    """``spec`` with a scale for each channel of the last axis, where its observer knows axes."""
+    try:
+        return dataclasses.replace(spec, axis=-1)
+    except ValueError:
+        return spec
 
 
 def _parse_overrides(overrides: Sequence[Mapping[str, Any] | Override]) -> tuple[Override, ...]:

@@ -45,6 +45,15 @@ def vit(kind: str = 'VisionTransformer', head: dict[str, Any] | None = None, **o
     return build(dict(type='ImageClassifier', backbone=vit_backbone(kind, **options), head=head))
 
 
+def vit_with_outlier() -> nn.Module:
+    """A ViT whose residual stream has a channel far out and one off zero: its factors reach 128."""
+    model: Any = vit()
+    with torch.no_grad():
+        model.backbone.pos_embed[..., 5] *= 3000
+        model.backbone.pos_embed[..., 7] += 20
+    return model
+
+
 def swin_backbone(**options: Any) -> dict[str, Any]:
     """Config of a Swin backbone: 56 pixels, windows of 7, two stages of two blocks with 24 and 48 channels."""
     return dict(dict(type='SwinTransformer', arch=SWIN_ARCH, img_size=56, out_indices=(1,)), **options)

@@ -10,7 +10,7 @@ import torch
 
 from fqvit_plugin import compiled, fused
 from fqvit_plugin.dyadic import add_rule, affine_rule, mean_rule
-from fqvit_plugin.intmath import layernorm_constants
+from fqvit_plugin.intmath import input_range, layernorm_constants
 
 C = 45  # no multiple of a vector's width
 
@@ -143,11 +143,15 @@ def test_weighted_mean(monkeypatch):
 
 
 @pytest.mark.parametrize('rows', [3, 4000])
-def test_layernorm(monkeypatch, rows):
-    scale = 0.02 * 2.0 ** torch.randint(0, 4, (C,), generator=torch.Generator().manual_seed(0))
-    x = whole(rows, C, low=-128, high=128) * scale
+@pytest.mark.parametrize('last', [3, 7])
+def test_layernorm(monkeypatch, rows, last):
+    scale = 0.02 * 2.0 ** torch.randint(0, last + 1, (C,), generator=torch.Generator().manual_seed(0))
+    zero = whole(C, low=0, high=256, seed=3)
+    x = (whole(rows, C, low=0, high=256) - zero) * scale
     weight, bias = uniform(C, low=-2, high=2), uniform(C, low=-1, high=1, seed=2)
-    layer = layernorm_constants(C, scale, 255 * 8, torch.tensor(0.3), weight, bias, 1e-6)
+    in_range = input_range(scale, -zero, 255 - zero)
+    layer = layernorm_constants(C, scale, in_range, torch.tensor(0.3), weight, bias, 1e-6)
+    assert layer.wide == (last == 7)
     (y,) = both_ways(monkeypatch, lambda: [fused.layernorm(x.clone(), layer, grid())])
     exact = torch.nn.functional.layer_norm(x.double(), (C,), weight.double(), bias.double(), 1e-6) / 0.3
     near = (exact - exact.floor() - 0.5).abs() < 1e-3  # a tie: either side is right

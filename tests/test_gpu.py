@@ -114,10 +114,12 @@ def test_linear_takes_views():
 
 
 @runs
-@pytest.mark.parametrize(('channels', 'root_bits', 'bits'), [(40, 3, 8), (96, -2, 4), (32, 0, 8)])
-def test_layernorm(channels, root_bits, bits):
+@pytest.mark.parametrize(
+    ('channels', 'root_bits', 'bits', 'last'), [(40, 3, 8, 3), (96, -2, 4, 3), (32, 0, 8, 7), (1536, 0, 8, 7)]
+)
+def test_layernorm(channels, root_bits, bits, last):
     norm = dict(
-        zero=numbers(-128, 128, channels), factors=numbers(0, 4, channels, dtype=torch.uint8), guard=12345,
+        zero=numbers(-128, 128, channels), factors=numbers(0, last + 1, channels, dtype=torch.uint8), guard=12345,
         gain=numbers(-(2**23), 2**23, channels), offset=numbers(-(2**40), 2**40, channels, dtype=torch.int64),
         shifts=numbers(33, 36, channels, dtype=torch.uint8), root_bits=root_bits, out_zero=numbers(-9, 9, channels),
         bits=bits,
@@ -196,7 +198,7 @@ def test_attention(tokens, dims, windows, biased):
 
 @pytest.fixture(scope='module')
 def integer_models():
-    made = {'vit': (models.vit(), 32), 'swin': (models.swin(), 56)}
+    made = {'vit': (models.vit_with_outlier(), 32), 'swin': (models.swin(), 56)}
     quantized = {k: models.quantized(m, models.batches(2, size), input_quant=True) for k, (m, size) in made.items()}
     return {
         k: (to_integer(m, (made[k][1],) * 2), models.images(1 + (k == 'vit'), made[k][1]))

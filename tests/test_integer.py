@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fqvit_plugin.integer.checkpoint import load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.integer.kernels import KERNELS, int8_matmul, integer_sqrt
-from fqvit_plugin.intmath import int_layernorm, layernorm_constants
+from fqvit_plugin.intmath import input_range, int_layernorm, layernorm_constants
 from fqvit_plugin.layers import QAct
 from fqvit_plugin.lifecycle import calibrate_, dequant, quant
 from fqvit_plugin.quantizers import build_quantizer
@@ -122,18 +122,21 @@ def test_attend_divides_once(masked):
                     assert int(y[w, h, n, d]) == stored(rounded(exact) + 6)
 
 
-def test_layernorm_is_the_simulation_bit_by_bit():
-    channels = 40
+@pytest.mark.parametrize(('channels', 'last'), [(40, 3), (40, 7), (1536, 7)])
+def test_layernorm_is_the_simulation_bit_by_bit(channels, last):
     generator = torch.Generator().manual_seed(0)
     x_q = codes(50, channels)
-    factors = torch.randint(0, 4, (channels,), generator=generator)
+    factors = torch.randint(0, last + 1, (channels,), generator=generator)
     scale = 0.013 * 2.0**factors
     weight, bias = torch.randn(channels, generator=generator), torch.randn(channels, generator=generator)
-    out_scale, zero = torch.tensor(0.031), 17
-    expected = int_layernorm((x_q.float() - zero) * scale, scale, 255 * 8, out_scale, weight, bias, 1e-6)
-    layer = layernorm_constants(channels, scale, 255 * 8, out_scale, weight, bias, 1e-6)
+    out_scale, zero = torch.tensor(0.031), torch.randint(-128, 128, (channels,), generator=generator)
+    in_range = input_range(scale, -128 - zero, 127 - zero)
+    arguments = (scale, in_range, out_scale, weight, bias, 1e-6)
+    expected = int_layernorm((x_q.float() - zero) * scale, *arguments)
+    layer = layernorm_constants(channels, *arguments)
+    assert layer.wide == (last == 7)
     y = KERNELS['layernorm'](
-        x_q, zero=int32(zero), factors=factors.to(torch.uint8), gain=layer.gain.int(), offset=layer.offset.long(),
+        x_q, zero=zero.int(), factors=factors.to(torch.uint8), gain=layer.gain.int(), offset=layer.offset.long(),
         shifts=layer.shift.to(torch.uint8), guard=int(layer.guard), root_bits=int(layer.root_bits),
         out_zero=int32(-5), bits=8,
     )  # fmt: skip
@@ -154,6 +157,7 @@ MODELS = {
     'vit': (lambda: models.vit(), 32),
     'vit, mean of the patches': (lambda: models.vit(out_type='avg_featmap'), 32),
     'vit, pre_logits': (lambda: models.vit(head=dict(hidden_dim=20)), 32),
+    'vit, one channel far out': (models.vit_with_outlier, 32),
     'deit3': (lambda: models.vit('DeiT3'), 32),
     'swin': (lambda: models.swin(), 56),
     'swin, padded windows': (lambda: models.swin(img_size=60), 60),
@@ -181,6 +185,13 @@ class FloatsSeen(TorchDispatchMode):
         results = result if isinstance(result, (tuple, list)) else [result]
         self.names += [str(function) for r in results if isinstance(r, torch.Tensor) and r.is_floating_point()]
         return result
+
+
+def test_the_largest_factor_occurs():
+    x = models.images(4)
+    act = calibrated(models.vit_with_outlier(), x).backbone.residual_act
+    assert act.scale.max() == 128 * act.scale.min()
+    assert act.quantizer.zero_point.unique().numel() > 10
 
 
 def test_every_tensor_between_image_and_logits_is_an_integer(pair):

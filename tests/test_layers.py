@@ -15,6 +15,7 @@ from torch import nn, tensor
 
 from fqvit_plugin import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from fqvit_plugin.intmath import (
+    input_range,
     int_layernorm,
     int_layernorm_reference,
     log_int_softmax_,
@@ -266,7 +267,9 @@ def test_integer_layernorm_reads_both_grids():
         twin = QIntLayerNorm.from_float(norm, True, arithmetic)
         quant(twin)
         if arithmetic == 'strict':
-            steps = int_layernorm(y, in_act.scale, 255 * 8, out_act.scale, norm.weight, norm.bias, norm.eps)
+            zero = in_act.quantizer.zero_point
+            in_range = input_range(in_act.scale, -zero, 255 - zero)
+            steps = int_layernorm(y, in_act.scale, in_range, out_act.scale, norm.weight, norm.bias, norm.eps)
         else:
             steps = int_layernorm_reference(y, in_act.scale, out_act.scale, norm.weight, norm.bias)
         assert torch.equal(twin(y, in_act, out_act), out_act(steps * out_act.scale))

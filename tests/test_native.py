@@ -42,6 +42,7 @@ MODELS = {
     'vit': (lambda: models.vit(), 32, {}),
     'vit, mean of the patches': (lambda: models.vit(out_type='avg_featmap'), 32, {}),
     'vit, pre_logits': (lambda: models.vit(head=dict(hidden_dim=20)), 32, {}),
+    'vit, one channel far out': (models.vit_with_outlier, 32, {}),
     'vit, weights of 4 bits': (lambda: models.vit(), 32, dict(weight_bits=4)),
     'vit, everything in 4 bits': (lambda: models.vit(), 32, dict(weight_bits=4, act_bits=4, ptf=False)),
     'vit, heads of 10': (lambda: small_vit(70, 7), 32, {}),
@@ -50,7 +51,7 @@ MODELS = {
     'deit3': (lambda: models.vit('DeiT3'), 32, {}),
     'swin': (lambda: models.swin(), 56, {}),
     'swin, padded windows': (lambda: models.swin(img_size=60), 60, {}),
-    'swin, odd maps': (lambda: models.swin(img_size=68), 68, dict(ptf=False)),
+    'swin, odd maps': (lambda: models.swin(img_size=68), 68, {}),
 }
 
 
@@ -170,8 +171,11 @@ def test_a_gain_that_leaves_32_bits_saturates_on_the_right_side():
     assert native.codes(torch.full((1, 3, 1, 1), 100.0))['y'].flatten().tolist() == [127, -128]
 
 
-@pytest.mark.parametrize('flags', [compiled.FLAGS, BUILDS['generic']])
-def test_layernorm_of_rows_without_spread_and_of_extremes(flags):
+@pytest.mark.parametrize(('last', 'wide'), [(3, 0), (7, 1)])
+@pytest.mark.parametrize('flags', [compiled.FLAGS, BUILDS['avx2'], BUILDS['generic']])
+def test_layernorm_of_rows_without_spread_and_of_extremes(flags, last, wide):
+    if not runs(flags):
+        pytest.skip(f'this CPU cannot run {flags}')
     channels = 99
     rows = torch.randint(-128, 128, (8, channels), generator=torch.Generator().manual_seed(0))
     rows[0], rows[1] = 5, -128
@@ -181,14 +185,17 @@ def test_layernorm_of_rows_without_spread_and_of_extremes(flags):
     first, one = read_codes()
     g = torch.Generator().manual_seed(1)
     constants = {
-        'one': one, 'zero': int32(-3), 'out_zero': int32(7),
-        'factors': torch.randint(0, 4, (channels,), generator=g).to(torch.uint8),
+        'one': one, 'out_zero': int32(7),
+        'zero': torch.randint(-128, 128, (channels,), generator=g, dtype=torch.int32),
+        'factors': torch.randint(0, last + 1, (channels,), generator=g).to(torch.uint8),
         'gain': torch.randint(-(2**23), 2**23, (channels,), generator=g, dtype=torch.int32),
         'offset': torch.randint(-(2**40), 2**40, (channels,), generator=g),
         'shifts': torch.randint(30, 40, (channels,), generator=g).to(torch.uint8),
     }  # fmt: skip
+    rows[5] = constants['zero']  # all u are 0
     names = {k: k for k in constants if k != 'one'}
-    for guard, root_bits in ((0, 9), (0, 0), (12345, 8), (2**45, 2), (0, 17)):  # the last is left to torch
+    most = 7 if wide else 9  # fills the radicand
+    for guard, root_bits in ((0, most), (0, 0), (12345, most - 1), (2**45, 2), (0, 17)):  # the last is left to torch
         ops = [
             first,
             Op('reshape', ('codes',), 'rows', {}, {'shape': [-1, 8, channels]}),
@@ -197,6 +204,8 @@ def test_layernorm_of_rows_without_spread_and_of_extremes(flags):
         integer = program(ops, constants, 'y', (8, channels // 3))
         native = NativeModel(integer, flags)
         assert native.fallbacks == (['y'] if root_bits == 17 else [])
+        norms = [step for step in native._plan.steps if getattr(step, 'kind', '') == 'norm']
+        assert [step.fields['wide'] for step in norms] == ([] if root_bits == 17 else [wide])
         assert_same(native, integer, rows.float().view(1, 3, 8, channels // 3))
 
 

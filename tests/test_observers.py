@@ -251,7 +251,7 @@ def test_omse_tie_takes_the_whole_range():
     x = torch.stack((torch.zeros(50), torch.randn(50)))
     observer = OmseObserver(UINT8, axis=0)
     scale, zero_point = observe(observer, [x])
-    assert scale[0] == torch.finfo(torch.float32).eps
+    assert scale[0] == (x.max() - x.min()) / 255 * 2.0**-10
     assert zero_point[0] == 0
 
 
@@ -273,25 +273,31 @@ def test_omse_in_chunks_is_the_same(monkeypatch):
 # ---------------------------------------------------------------- Power-of-Two Factor
 
 
-def slow_ptf(last, lo, hi, bit_type, arithmetic, axis):
-    """Scales and the shared zero point: every channel tries 1, 2, 4, 8 times an eighth of the tensor's step."""
-    unsigned = BitType(bit_type.bits, signed=False)  # PTF is affine for signed types too
-    widest, zero = slow_grid(lo, hi, unsigned, arithmetic)
-    zero += bit_type.qmin
-    scales = []
-    for row in rows_of(last, axis):
-        errors = []
-        for factor in (1, 2, 4, 8):
-            scale = widest / 8 * factor
+def slow_ptf(last, ends, bit_type, arithmetic, axis):
+    """Scale and zero point of each channel, whose ranges are ``ends``: the best of the base times powers of two."""
+    kind = BitType(bit_type.bits, signed=False)  # PTF is affine for signed types too
+    if arithmetic == 'reference':  # four factors; the largest covers the tensor, whose zero point it shares
+        ends = [(min(lo for lo, _ in ends), max(hi for _, hi in ends))] * len(ends)
+    factors = [2**k for k in range(8 if arithmetic == 'strict' else 4)]
+    base = max(slow_grid(*pair, kind, arithmetic)[0] for pair in ends) / factors[-1]
+    result = []
+    for row, (lo, hi) in zip(rows_of(last, axis), ends, strict=True):
+        candidates = []
+        for scale in (base * factor for factor in factors):
+            if arithmetic == 'strict':  # of the channel's own range with 0, cut at both ends alike
+                lo, hi = min(lo, 0.0), max(hi, 0.0)
+                cut = min(1.0, kind.qmax * scale / (hi - lo)) if hi > lo else 1.0
+                zero = min(max(round(-lo * cut / scale), 0), kind.qmax)
+            else:
+                zero = slow_grid(lo, hi, kind, arithmetic)[1]
             error = 0.0
             for value in row.tolist():
                 ratio = value / scale
                 code = round(ratio) + zero if arithmetic == 'strict' else round(ratio + zero)
-                code = min(max(code, bit_type.qmin), bit_type.qmax)
-                error += ((code - zero) * scale - value) ** 2
-            errors.append(error)
-        scales.append(widest / 8 * 2 ** errors.index(min(errors)))
-    return scales, zero
+                error += ((min(max(code, 0), kind.qmax) - zero) * scale - value) ** 2
+            candidates.append((error, scale, zero + bit_type.qmin))
+        result.append(min(candidates, key=lambda c: c[0])[1:])  # min gives the first of equals
+    return [scale for scale, _ in result], [zero for _, zero in result]
 
 
 @pytest.mark.parametrize('axis', [-1, 1])
@@ -299,43 +305,83 @@ def slow_ptf(last, lo, hi, bit_type, arithmetic, axis):
 @pytest.mark.parametrize('arithmetic', ARITHMETICS)
 def test_ptf(axis, bits, arithmetic):
     bit_type = BitType.parse(bits)
-    batches = [b * torch.logspace(-2, 0, b.shape[-1]) for b in stream(3, (2, 6, 9))]
+    gains, offsets = torch.logspace(-2, 0, 9), torch.linspace(-0.3, 0.1, 9)
+    batches = [b * gains + offsets for b in stream(3, (2, 6, 9))]
     if axis == 1:
         batches = [b.transpose(1, 2) for b in batches]
-    lo, hi = (float(f(torch.stack(batches))) for f in (torch.min, torch.max))
-    scales, zero = slow_ptf(batches[-1], lo, hi, bit_type, arithmetic, axis)
+    rows = [torch.cat(parts) for parts in zip(*(rows_of(b, axis) for b in batches), strict=True)]
+    ends = [(float(row.min()), float(row.max())) for row in rows]
+    scales, zeros = slow_ptf(batches[-1], ends, bit_type, arithmetic, axis)
     scale, zero_point = observe(PtfObserver(bit_type, axis=axis, arithmetic=arithmetic), batches)
-    assert zero_point.shape == ()
-    assert zero_point.item() == zero
+    assert zero_point.shape == ((9,) if arithmetic == 'strict' else ())
+    assert zero_point.expand(9).tolist() == zeros
     torch.testing.assert_close(scale, tensor(scales), rtol=1e-5, atol=0)
     if bits == 'uint8':
         assert len(set(scales)) >= 3, 'the data must use several factors'
 
 
-@pytest.mark.parametrize('arithmetic', ARITHMETICS)
-def test_ptf_by_hand(arithmetic):
-    # range 0..255 on uint8: s = 1/8, factors 1, 2, 4, 8 cover 0..31.875, 63.75, 127.5, 255
-    x = tensor(
-        [
-            [0.0, 255.0],  # needs factor 8
-            [0.125, 31.875],  # odd multiples of 1/8: exact with factor 1 only
-            [0.25, 63.75],  # past the range of factor 1: 2
-            [0.5, 127.5],  # 4
-            [8.0, 16.0],  # exact with every factor: a tie, the smallest
-            [0.0, 0.0],  # a dead channel: a tie, the smallest
-        ]
-    )
-    scale, zero_point = observe(PtfObserver(UINT8, axis=0, arithmetic=arithmetic), [x])
+#: By hand, a range of 0..255 on uint8: factors 1, 2, 4, 8 of s = 1/8 cover 0..31.875, 63.75, 127.5, 255.
+PTF_ROWS = tensor(
+    [
+        [0.0, 255.0],  # needs the largest factor
+        [0.125, 31.875],  # odd multiples of 1/8, which smaller factors do not cover
+        [0.25, 63.75],
+        [0.5, 127.5],
+        [8.0, 16.0],  # exact with every factor that covers it: a tie, the smallest
+        [0.0, 0.0],  # a dead channel: a tie, the smallest
+    ]
+)
+
+
+def test_ptf_by_hand():
+    scale, zero_point = observe(PtfObserver(UINT8, axis=0, arithmetic='reference'), [PTF_ROWS])
     assert (scale * 8).tolist() == [8, 1, 2, 4, 1, 1]
     assert zero_point.item() == 0
+    scale, zero_point = observe(PtfObserver(UINT8, axis=0), [PTF_ROWS])  # 1/8 is factor 16 of 128
+    assert (scale * 128).tolist() == [128, 16, 32, 64, 16, 1]
+    assert zero_point.tolist() == [0] * 6
 
 
-def test_ptf_shares_the_zero_point_of_the_widest_factor():
-    # by hand (field.md B9): range -100..155, 8 s = 1, zero point 100 for every channel
+def test_zero_points_of_ptf():
     x = tensor([[-100.0, 155.0], [-1.0, 1.0]])
-    scale, zero_point = observe(PtfObserver(UINT8, axis=0), [x])
+    # by hand (field.md B9): range -100..155, 8 s = 1, zero point 100 for every channel
+    scale, zero_point = observe(PtfObserver(UINT8, axis=0, arithmetic='reference'), [x])
     assert scale.tolist() == [1.0, 0.125]
     assert zero_point.item() == 100
+    # strict: 128 s = 1; s itself covers no more than 1.99 of the second channel's 2, 2 s is exact
+    scale, zero_point = observe(PtfObserver(UINT8, axis=0), [x])
+    assert scale.tolist() == [1.0, 2 / 128]
+    assert zero_point.tolist() == [100, 64]
+
+
+def test_ptf_cuts_a_range_that_is_too_wide_at_both_ends():
+    # one value of 10,000 far out at each end: a factor that loses them is the best, and has its zero in the middle
+    x = torch.linspace(-1, 1, 10_000)
+    x = torch.stack((torch.cat((x, tensor([-3.0, 3.0]))), torch.cat((x * 4, tensor([-100.0, 100.0])))))
+    scale, zero_point = observe(PtfObserver(BitType(4, False), axis=0), [x])
+    low, high = -zero_point * scale, (15 - zero_point) * scale
+    assert (high < tensor([3, 100])).all(), 'the data must make the search cut'
+    assert ((low + high).abs() <= 1.001 * scale).all()
+
+
+def test_ptf_options():
+    options = dict(factors=4, shared_zero_point=True)
+    ours = observe(PtfObserver(UINT8, axis=0, **options), [PTF_ROWS])
+    published = observe(PtfObserver(UINT8, axis=0, arithmetic='reference'), [PTF_ROWS])
+    for a, b in zip(ours, published, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match='from 1 to 8, got 9'):
+        PtfObserver(UINT8, axis=0, factors=9)
+
+
+def test_a_channels_scale_is_not_far_below_the_others():
+    # all channels' gains share a shift, so that a dead channel's would cost the others their bits
+    x = tensor([[0.0, 255.0], [0.0, 0.0], [-0.001, 0.001]])
+    scale, zero_point = observe(MinMaxObserver(UINT8, axis=0), [x])
+    assert scale.tolist() == [1.0, 2.0**-10, 2.0**-10]
+    assert zero_point.tolist() == [0, 0, 1]
+    scale, _ = observe(MinMaxObserver(UINT8, axis=0, arithmetic='reference'), [x])
+    assert scale[1] == torch.finfo(torch.float32).eps
 
 
 def test_ptf_needs_an_axis():
@@ -356,7 +402,8 @@ def test_all_bits(kind, signed, bits, arithmetic):
     axis = -1 if kind is PtfObserver else None
     scale, zero_point = observe(kind(bit_type, axis=axis, arithmetic=arithmetic), batches)
     assert (scale > 0).all()
-    assert bit_type.qmin <= zero_point <= bit_type.qmax
+    assert (bit_type.qmin <= zero_point).all()
+    assert (zero_point <= bit_type.qmax).all()
     if signed and arithmetic == 'strict' and kind is not PtfObserver:
         assert zero_point == 0
     back = fake_quantize(batches[-1], scale, zero_point, bit_type.qmin, bit_type.qmax, arithmetic)

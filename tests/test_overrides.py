@@ -60,6 +60,8 @@ def test_observers_change_but_ptf_stays():
     observer = block.norm1_act.quantizer.observer
     assert isinstance(observer, PercentileObserver)
     assert observer.alpha == 0.99
+    branch = block.ffn.out_act.quantizer
+    assert (branch.spec.observer, branch.spec.bit_type.name, branch.scale.shape) == ('percentile', 'uint6', (48,))
     residual = block.residual_act.quantizer
     assert isinstance(residual.observer, PtfObserver)
     assert (residual.spec.bit_type.name, residual.scale.shape) == ('uint6', (48,))

@@ -82,10 +82,12 @@ def test_per_channel_is_one_quantizer_for_each_channel(axis, bit_type):
         assert torch.equal(together(x).select(axis, c), alone(x.select(axis, c)))
 
 
-def test_ptf_has_one_zero_point():
-    quantizer = calibrated(UniformQuantizer(QuantSpec(UINT8, 'ptf', axis=-1), 4), torch.randn(6, 4))
+@pytest.mark.parametrize(('arithmetic', 'zero_points'), [('strict', (4,)), ('reference', ())])
+def test_ptf_has_one_zero_point_or_one_for_each_channel(arithmetic, zero_points):
+    spec = QuantSpec(UINT8, 'ptf', axis=-1, arithmetic=arithmetic)
+    quantizer = calibrated(UniformQuantizer(spec, 4), torch.randn(6, 4))
     assert quantizer.scale.shape == (4,)
-    assert quantizer.zero_point.shape == ()
+    assert quantizer.zero_point.shape == zero_points
 
 
 def test_codes_and_fake_quantization_agree():
@@ -283,9 +285,18 @@ def test_scales_move_with_the_model():
 
 
 def test_calibration_uses_the_spec_of_every_tensor():
-    # weights per output channel, activations per tensor, norm inputs per channel with one zero point
+    # weights per output channel, activations per tensor, branches and norm inputs per channel
     model = models.quantized(models.vit(), models.batches(1))
+    for branch in (model.backbone.layers[0].attn.proj_act, model.backbone.layers[0].ffn.out_act):
+        assert (branch.scale.shape, branch.quantizer.zero_point.shape) == ((48,), (48,))
     assert model.backbone.layers[0].attn.qkv.weight_quantizer.scale.shape == (144,)
     assert model.backbone.layers[0].attn.qkv_act.quantizer.scale.shape == ()
+    residual = model.backbone.layers[0].residual_act.quantizer
+    assert (residual.scale.shape, residual.zero_point.shape) == ((48,), (48,))
+
+
+def test_in_the_reference_branches_are_activations():
+    model = models.quantized(models.vit(), models.batches(1), preset='reference')
+    assert model.backbone.layers[0].attn.proj_act.scale.shape == ()
     residual = model.backbone.layers[0].residual_act.quantizer
     assert (residual.scale.shape, residual.zero_point.shape) == ((48,), ())

@@ -71,7 +71,8 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match='lacks'):
         fq.load_quantized_(build(project(tmp_path, tmp_path, 'swin')), tmp_path / 'q.pth')
     state = torch.load(tmp_path / 'q.pth', weights_only=True)
-    state['meta']['fqvit']['format'] = 99
-    torch.save(state, tmp_path / 'new.pth')
-    with pytest.raises(ValueError, match='format 99'):
-        fq.load_quantized_(build(project(tmp_path, tmp_path)), tmp_path / 'new.pth')
+    for version in (1, 99):  # 1: before branches and zero points had channels
+        state['meta']['fqvit']['format'] = version
+        torch.save(state, tmp_path / 'other.pth')
+        with pytest.raises(ValueError, match=f'format {version}; this version reads 2: calibrate again'):
+            fq.load_quantized_(build(project(tmp_path, tmp_path)), tmp_path / 'other.pth')

@@ -8,6 +8,8 @@ import json
 import pytest
 
 from fqvit_plugin import BitType, QuantScheme, QuantSpec, get_scheme
+from fqvit_plugin.observers import MinMaxObserver
+from fqvit_plugin.registry import OBSERVERS
 from fqvit_plugin.scheme import SCHEME_NAMES, parse_scheme
 
 # ---------------------------------------------------------------- bit types
@@ -109,8 +111,25 @@ def test_observer_with_options():
 @pytest.mark.parametrize('preset', ['strict', 'reference'])
 def test_the_preset_reaches_every_tensor(preset):
     scheme = get_scheme('fqvit_w8a8', preset=preset)
-    specs = (scheme.weight, scheme.act, scheme.norm_input, scheme.probs)
+    specs = (scheme.weight, scheme.act, scheme.branch, scheme.norm_input, scheme.probs)
     assert {s.arithmetic for s in specs} == {scheme.arithmetic} == {preset}
+
+
+class OneRangeObserver(MinMaxObserver):
+    def __init__(self, bit_type, *, arithmetic='strict', axis=None):
+        super().__init__(bit_type, arithmetic=arithmetic)
+        if axis is not None:
+            raise ValueError('no axis')
+
+
+def test_branches_keep_a_scale_for_each_channel_in_strict_where_the_observer_can(monkeypatch):
+    scheme = get_scheme('fqvit_w8a8', observer=dict(type='percentile', alpha=0.99), act_bits=6)
+    assert scheme.branch == dataclasses.replace(scheme.act, axis=-1)
+    scheme = get_scheme('fqvit_w8a8', preset='reference')
+    assert scheme.branch == scheme.act
+    monkeypatch.setitem(OBSERVERS.module_dict, 'one range', OneRangeObserver)
+    scheme = get_scheme('fqvit_w8a8', observer='one range')
+    assert scheme.branch == scheme.act
 
 
 # ---------------------------------------------------------------- what is refused
@@ -214,6 +233,7 @@ def damaged(change):
     ('change', 'named'),
     [
         (lambda d: d.pop('act'), 'act'),
+        (lambda d: d.pop('branch'), "not a quantization scheme of this version: it says nothing of 'branch'"),
         (lambda d: d.pop('int_norm'), 'int_norm'),
         (lambda d: d.update(colour='red'), 'colour'),
         (lambda d: d['act'].update(colour='red'), 'colour'),
@@ -233,6 +253,7 @@ def test_differences_name_fields():
     lines = ours.differences(theirs)
     assert "name: 'fqvit_w8a8' != 'fqvit_w8a8_attn4'" in lines
     assert "act.observer: 'minmax' != 'ema'" in lines
+    assert "branch.observer: 'minmax' != 'ema'" in lines
     assert 'weight.bit_type.bits: 8 != 4' in lines
     assert 'probs.bit_type.bits: 8 != 4' in lines
     assert not any(line.startswith('norm_input.observer') for line in lines)

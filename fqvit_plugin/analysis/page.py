@@ -271,7 +271,7 @@ def _table(analysis: Analysis) -> str:
     kinds = ''.join(f'<option>{escape(kind)}</option>' for kind in sorted({r.kind for r in analysis.tensors}))
     return (
         '<section id="table"><h2>All tensors</h2><p>The median scale over the channels, the highest beside it. PTF: '
-        'channels with the factor 1, 2, 4, 8 over the finest scale in use.</p><div id="tools" class="tools" hidden>'
+        'channels with the factor 1, 2, 4, ... over the finest scale in use.</p><div id="tools" class="tools" hidden>'
         '<label>Find <input id="filter" type="search" autocomplete="off"></label><label>Layer <select id="kind">'
         f'<option value="">all</option>{kinds}</select></label><span id="found" role="status"></span></div>'
         '<div class="scroll" tabindex="0" role="region" aria-label="All tensors"><table id="tensors">'

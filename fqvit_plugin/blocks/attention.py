@@ -77,7 +77,7 @@ class QAttention(nn.Module):
         self.logits_act = make.act()
         self.probs = make.softmax()
         self.context_act = make.act()
-        self.proj_act = make.act()
+        self.proj_act = make.branch(attn.proj.out_features)
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(…, N, parts C) to ``parts`` tensors (…, heads, N, D)."""

@@ -54,6 +54,10 @@ class LayerFactory:
         """Quantizer of a tensor that belongs to somebody else: the image, a parameter."""
         return QAct(self.scheme.act).to(self.device)
 
+    def branch(self, channels: int) -> QAct:
+        """Quantizer of what attention or MLP hands to the residual sum, (…, channels)."""
+        return QAct(self.scheme.branch, channels, inplace=True).to(self.device)
+
     def norm_input(self, channels: int) -> QAct:
         """Quantizer of a residual stream, which a LayerNorm will read."""
         return QAct(self.scheme.norm_input, channels, inplace=True).to(self.device)
@@ -161,7 +165,7 @@ class QFFN(nn.Module):
         self.gamma2 = ffn.gamma2
         self.dropout_layer = ffn.dropout_layer
         self.hidden_act = make.act_of(activation)
-        self.out_act = make.act()
+        self.out_act = make.branch(output.out_features)
         link(self.layers[1], self.hidden_act)
 
     @property

@@ -88,7 +88,7 @@ class QMLP(nn.Module):
     def __init__(self, mlp: Any, make: LayerFactory) -> None:
         super().__init__()
         self.fc1, self.act, self.fc2 = make.linear(mlp.fc1), mlp.act, make.linear(mlp.fc2)
-        self.hidden_act, self.out_act = make.act_of(self.act), make.act()
+        self.hidden_act, self.out_act = make.act_of(self.act), make.branch(mlp.fc2.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C')."""

@@ -27,7 +27,7 @@ class QSwiGLU(nn.Module):
         else:
             self.hidden_act = make.norm_input(ffn.w3.in_features)
             self.norm = QNormAct.wrap(ffn.norm, self.hidden_act, make)
-        self.out_act = make.act()
+        self.out_act = make.branch(ffn.w3.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""

@@ -53,7 +53,7 @@ class QWindowMSA(nn.Module):
         self.logits_act = make.act()  # scores and bias
         self.probs = make.softmax()
         self.context_act = make.act()
-        self.proj_act = make.act()
+        self.proj_act = make.branch(attn.proj.out_features)
         link(self.proj, self.context_act)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

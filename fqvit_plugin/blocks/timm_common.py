@@ -92,7 +92,7 @@ class QTimmMlp(Mlp):
 def quantize_mlp_(mlp: Any, make: LayerFactory) -> None:
     """Quantize an Mlp in place."""
     mlp.fc1, mlp.fc2 = make.linear(mlp.fc1), make.linear(mlp.fc2)
-    mlp.hidden_act, mlp.out_act = make.act_of(mlp.act), make.act()
+    mlp.hidden_act, mlp.out_act = make.act_of(mlp.act), make.branch(mlp.fc2.out_features)
     mlp.norm = norm_twin(mlp.norm, mlp.hidden_act, make)
     link(mlp.fc2, grid_after(mlp.norm, mlp.hidden_act))
     mlp.__class__ = QTimmMlp

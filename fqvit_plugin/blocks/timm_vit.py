@@ -45,7 +45,7 @@ class QTimmAttention(QSelfAttention):
         self.k_norm = norm_twin(attn.k_norm, self.qkv_act, make)
         self.norm = norm_twin(_context_norm(attn), self.context_act, make)
         self.proj = make.linear(attn.proj)
-        self.proj_act = make.act()
+        self.proj_act = make.branch(attn.proj.out_features)
         link(self.proj, grid_after(self.norm, self.context_act))
 
     def query_and_key_acts(self) -> tuple[QAct, QAct]:

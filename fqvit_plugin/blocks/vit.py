@@ -53,7 +53,7 @@ class QMultiheadAttention(QSelfAttention):
         super().__init__(attn, attn.head_dims, make)
         self.proj = make.linear(attn.proj)
         link(self.proj, self.context_act)
-        self.proj_act = make.act()
+        self.proj_act = make.branch(attn.proj.out_features)
         self.proj_drop, self.out_drop, self.gamma1 = attn.proj_drop, attn.out_drop, attn.gamma1
         self.attn_drop = nn.Dropout(attn.attn_drop)
 

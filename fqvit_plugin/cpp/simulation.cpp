@@ -147,8 +147,9 @@ void fq_layernorm(const float* x, float* out, int64_t rows, int64_t c, float fin
 #pragma omp simd reduction(+ : sum, squares)
     for (int64_t j = 0; j < c; ++j) {
       u[j] = std::nearbyint(a[j] / finest);
-      sum += u[j];
-      squares += static_cast<double>(u[j] * u[j]);
+      const double wide = u[j];  // squares may pass 2**24, which a float does not hold; their sum stays below 2**53
+      sum += wide;
+      squares += wide * wide;
     }
     const double variance = c * squares - sum * sum;
     double radicand = std::floor((variance + guard) * spread);

@@ -42,9 +42,10 @@ class LinearWriter:
         weight, ratio = _oriented(weight, ratio)
         source = op.inputs[0]
         grid = w.grid(name)
-        if w.target.symmetric:  # the zero points of input and output become part of the bias
-            taken = ratio * weight.sum(1) * w.grid(source).zero
-            term = term - taken + (grid.zero if grid.bits <= 8 else 0)
+        # what zero points leave to the values becomes part of the bias
+        term = term - ratio * weight.sum(1) * w.grid(source).lift / w.grid(source).step
+        if grid.bits <= 8:
+            term = term + grid.lift / grid.step
         if self._writer.target.gemm:
             return self._gemm(source, name, weight, ratio, term)
         return self._matmul(source, name, weight, ratio, term)

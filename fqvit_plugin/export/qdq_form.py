@@ -6,8 +6,10 @@ occur. A *reading* of codes is what DequantizeLinear gives, one scale and no fac
     y = (stored - zero) * step          uint8 codes
     y = stored * step                   int8 codes of zero point 0 (``symmetric``)
 
-and the real value is ``x = (y - lift) * factors``, with PTF's powers of two and, for symmetric codes, ``lift = zero *
-step``. So every quantizer has one scale for the whole tensor, and no code is another than the program's.
+and the real value is ``x = (y - lift) * factors``, with the channels' scales over the smallest (PTF's powers of two,
+for instance) and ``lift`` for what their zero points are above ``zero``, which is the first channel's, or 0 for
+symmetric codes. So every quantizer has one scale and one zero point for the whole tensor, and no code is another than
+the program's.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ class PlainGrid(NamedTuple):
 
     step: float
     zero: int
+    lift: Any  #: a number, or one for each channel
     factors: np.ndarray | None
     bits: int
 
@@ -75,21 +78,17 @@ class QdqWriter:
         return {k: self.program.constants[name].numpy(force=True) for k, name in op.constants.items()}
 
     def grid(self, name: str) -> PlainGrid:
-        """The grid of a tensor of codes.
-
-        Raises:
-            ValueError: a zero point for each channel.
-        """
-        scale, zero, bits = (getattr(self.program.grids[name], field) for field in ('scale', 'zero', 'bits'))
-        if len(set(zero)) > 1:
-            raise ValueError(f'{name} has a zero point for each channel: form "qdq" does not cover it')
+        """The grid of a tensor of codes."""
+        scale, zeros, bits = (getattr(self.program.grids[name], field) for field in ('scale', 'zero', 'bits'))
+        zero = 0 if self.target.symmetric else zeros[0]
+        lift = (np.asarray(zeros) - zero) * min(scale)
         factors = np.asarray(scale) / min(scale)
-        return PlainGrid(min(scale), zero[0], factors if factors.max() > 1 else None, bits)
+        varied = len(set(zeros)) > 1
+        return PlainGrid(min(scale), zero, lift if varied else lift[0], factors if factors.max() > 1 else None, bits)
 
-    def lift(self, name: str) -> float:
+    def lift(self, name: str) -> Any:
         """Reading of the real zero."""
-        grid = self.grid(name)
-        return grid.zero * grid.step if self.target.symmetric else 0.0
+        return self.grid(name).lift
 
     def scalar(self, value: Any) -> str:
         """A float32 constant."""
@@ -119,8 +118,8 @@ class QdqWriter:
         grid = self.grid(name)
         scale = grid.step if scale is None else scale
         if grid.bits < 8:
-            limit, zero = 2 ** (grid.bits - 1), 0 if self.target.symmetric else grid.zero
-            bounds = (self.scalar((stored - zero) * scale) for stored in (-limit, limit - 1))
+            limit = 2 ** (grid.bits - 1)
+            bounds = (self.scalar((stored - grid.zero) * scale) for stored in (-limit, limit - 1))
             y = self.graph.node('Clip', y, *bounds)
         return self.graph.node('QuantizeLinear', y, self.scalar(scale), self.zero_point(grid), output=output)
 
@@ -165,7 +164,7 @@ class QdqWriter:
 
     def _read(self, stored: Any, name: str) -> np.ndarray:
         grid = self.grid(name)
-        return (np.asarray(stored, np.float64) - (0 if self.target.symmetric else grid.zero)) * grid.step
+        return (np.asarray(stored, np.float64) - grid.zero) * grid.step
 
     def _layout(self, op: Op) -> None:
         source = op.inputs[0]

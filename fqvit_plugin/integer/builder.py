@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..dyadic import add_rule, affine_rule, mean_rule
 from ..fused import Affine
-from ..intmath import LARGEST_EXPONENT, layernorm_constants, log_int_softmax_codes
+from ..intmath import LARGEST_EXPONENT, input_range, layernorm_constants, log_int_softmax_codes
 from ..layers import QAct, QActOf, QIntLayerNorm
 from ..quantizers import UniformQuantizer
 from ..tables import TABLE_BITS, function_table
@@ -22,8 +22,8 @@ from .program import Grid, Op, Program
 
 __all__ = ['Builder', 'Codes', 'Sums']
 
-#: PTF's largest factor.
-PTF_LARGEST = 8
+#: PTF's largest factor: steps of 8 bits then fit 16.
+PTF_LARGEST = 128
 
 
 @dataclass(frozen=True)
@@ -260,14 +260,17 @@ class Builder:
         channels = norm.normalized_shape[0]
         weight = torch.ones(channels) if norm.weight is None else norm.weight.detach().cpu()
         bias = torch.zeros(channels) if norm.bias is None else norm.bias.detach().cpu()
-        # the same float32 scales and the same function as the simulation, hence the same integers
-        in_range = (2**x.bits - 1) * (1 if x.scale.ndim == 0 else PTF_LARGEST)
+        ratios = torch.log2(x.scale / x.scale.min())
+        if not torch.equal(ratios, ratios.round()) or 2 ** ratios.max() > PTF_LARGEST:
+            raise ValueError(
+                f'{x.name}: the integer LayerNorm wants scales that are apart by powers of two, {PTF_LARGEST} at most'
+            )
+        # the same float32 scales and the same functions as the simulation, hence the same integers
+        limit = 2 ** (x.bits - 1)
+        in_range = input_range(x.scale.float(), -limit - x.zero, limit - 1 - x.zero)
         layer = layernorm_constants(
             channels, x.scale.float(), in_range, out.scale.float(), weight.float(), bias.float(), norm.eps
         )
-        ratios = torch.log2(x.scale / x.scale.min())
-        if not torch.equal(ratios, ratios.round()) or 2 ** ratios.max() > PTF_LARGEST:
-            raise ValueError(f'{x.name}: the integer LayerNorm wants scales apart by 1, 2, 4 or 8, as PTF finds them')
         constants = {
             'zero': x.zero.to(torch.int32),
             'factors': ratios.expand(channels).to(torch.uint8),

@@ -235,9 +235,9 @@ def layernorm(
         root_bits: fractional bits of the root.
     """
     channels = x.shape[-1]
-    u = (x.int() - zero) << factors.int()  # < 2**12
-    total = u.sum(-1, keepdim=True, dtype=torch.int64)  # < 2**24 for 4096 channels
-    variance = channels * (u * u).sum(-1, keepdim=True, dtype=torch.int64) - total * total + guard  # < 2**51
+    u = (x.int() - zero) << factors.int()  # < 2**15, with factors up to 2**7
+    total = u.sum(-1, keepdim=True, dtype=torch.int64)  # < 2**27 for 4096 channels
+    variance = channels * (u * u).sum(-1, keepdim=True, dtype=torch.int64) - total * total + guard  # < 2**54 + 2**50
     radicand = variance << 2 * root_bits if root_bits >= 0 else variance >> -2 * root_bits
     root = integer_sqrt(radicand.clamp_(max=2**52)).clamp_(min=1)
     reciprocal = (1 << (45 + root_bits)) // root

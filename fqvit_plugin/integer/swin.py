@@ -105,16 +105,30 @@ def _add_merging(b: Builder, merging: QPatchMerging, x: Codes, hw: tuple[int, in
     (height, width), channels = hw, merging.in_channels
     bottom, right = height % 2, width % 2  # AdaptivePadding('corner')
     x = b.layout('reshape', x, f'{path}.map', shape=[-1, height, width, channels])
-    if bottom or right:
-        if x.zero.ndim or merging.adaptive_padding is None:
-            raise ValueError(f'{path}: odd maps of {hw} are not covered by the integer model')
-        x = b.layout('pad_map', x, f'{path}.padded', bottom=bottom, right=right, value=int(x.zero))
+    if (bottom or right) and merging.adaptive_padding is None:
+        raise ValueError(f'{path}: odd maps of {hw} are not covered by the integer model')
+    if bottom:
+        x = _append_row(b, x, f'{path}.padded1', (height, width, channels))
+    if right:
+        x = b.layout('permute', x, f'{path}.padded2.turned', dims=[0, 2, 1, 3])
+        x = _append_row(b, x, f'{path}.padded2', (width, height + bottom, channels))
+        x = b.layout('permute', x, f'{path}.padded', dims=[0, 2, 1, 3])
     height, width = (height + bottom) // 2, (width + right) // 2
     x = b.layout('reshape', x, f'{path}.cut', shape=[-1, height, 2, width, 2, channels])
     x = b.layout('permute', x, f'{path}.cut_sorted', dims=[0, 1, 3, 5, 2, 4])
     x = b.merged(b.emit('reshape', [x.name], f'{path}.merged', shape=[-1, height * width, 4 * channels]), x, 4)
     x = b.layernorm(x, merging.norm, merging.norm_act)
     return b.linear(x, merging.reduction, merging.residual_act), (height, width)
+
+
+def _append_row(b: Builder, x: Codes, path: str, shape: tuple[int, int, int]) -> Codes:
+    """(B, H, W, C) with a row of zeros below, each channel's own: put before the others, then all is rolled."""
+    height, width, channels = shape
+    x = b.layout('reshape', x, f'{path}.tokens', shape=[-1, height * width, channels])
+    zeros = {'tokens': x.zero.expand(width, channels).to(torch.int8)}
+    x = b.same_grid(b.emit('prepend', [x.name], f'{path}.prepended', zeros), x)
+    x = b.layout('roll', x, f'{path}.rolled', shifts=[-width], dims=[1])
+    return b.layout('reshape', x, path, shape=[-1, height + 1, width, channels])
 
 
 def _pair(value: Any) -> tuple[int, int]:

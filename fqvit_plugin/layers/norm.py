@@ -8,7 +8,13 @@ from torch import Tensor, nn
 
 from ..functional import Arithmetic
 from ..fused import ToGrid, layernorm
-from ..intmath import LayerNormConstants, int_layernorm, int_layernorm_reference, layernorm_constants
+from ..intmath import (
+    LayerNormConstants,
+    input_range,
+    int_layernorm,
+    int_layernorm_reference,
+    layernorm_constants,
+)
 from ..phase import Phase, QuantLayer
 from .act import QAct
 from .common import register
@@ -85,16 +91,19 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
         if self.arithmetic == 'reference':
             steps = int_layernorm_reference(x, in_scale, out_act.scale, weight, bias)
             return out_act.quantizer.from_steps_(steps)
-        span = source.spec.bit_type.qmax - source.spec.bit_type.qmin
-        in_range = span * (1 if in_scale.ndim == 0 else 8)  # 8: PTF's largest factor
+
+        def in_range() -> Tensor:
+            kind = source.spec.bit_type
+            return input_range(source.scale, kind.qmin - source.zero_point, kind.qmax - source.zero_point)
+
         if not (in_act.is_exact and out_act.is_exact):
-            steps = int_layernorm(x, in_scale, in_range, out_act.scale, weight, bias, self.eps)
+            steps = int_layernorm(x, in_scale, in_range(), out_act.scale, weight, bias, self.eps)
             return out_act.quantizer.from_steps_(steps)
 
         def constants() -> tuple[LayerNormConstants, ToGrid]:
-            arguments = (in_scale, in_range, out_act.scale, weight, bias, self.eps)
+            arguments = (in_scale, in_range(), out_act.scale, weight, bias, self.eps)
             return layernorm_constants(x.shape[-1], *arguments), out_act.to_grid(x.shape[-1])
 
         parameters = (p for p in (self.weight, self.bias) if p is not None)
-        layer, finish = out_act.constants(constants, x.shape[-1], source.scale, *parameters)
+        layer, finish = out_act.constants(constants, x.shape[-1], source.scale, source.zero_point, *parameters)
         return layernorm(x.contiguous(), layer, finish)

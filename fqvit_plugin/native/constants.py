@@ -25,6 +25,8 @@ __all__ = [
 
 _EXACT = 2.0**52
 _WIDE = 2.0**30
+#: Up to here 64 squares fit 32 bits, as factors up to 2**4 give them.
+_NARROW = 5700
 #: Columns are padded to whole vectors of any instruction set.
 _PAD = 64
 
@@ -132,14 +134,18 @@ def norm_fields(
     factor = 1 << constants['factors'].int()
     center = (constants['zero'].int() + 128) * factor
     largest = float(torch.maximum((255 * factor - center).abs(), center.abs()).max())
+    lowest_byte, highest_byte = _byte_limits(bits)
+    difference = float((highest_byte * factor - center).max() - (lowest_byte * factor - center).min())
     gain, shifts = constants['gain'].double(), constants['shifts'].long()
     offset = constants['offset'].long() + (1 << (shifts - 1))
     x_hat = 2.0**17 * channels**0.5  # |x_hat| <= sqrt(C) 2**16, and a little for the floored root
     sums = float((gain.abs() * x_hat + offset.double().abs()).max())
-    variance = (channels * (2**bits - 1) * float(factor.max()) / 2) ** 2 + settings['guard']
+    variance = (channels * difference / 2) ** 2 + settings['guard']
     radicand = variance * 4.0 ** settings['root_bits']
-    # squares of 64 u fit 32 bits, so do C u and their sum; the radicand fits 64
-    if largest >= 5700 or largest * channels >= 2**30 or radicand >= 2.0**62 or sums >= _EXACT:
+    # C u and its sum fit 32 bits, the sum of squares a double and C times it 64 bits, and so does the radicand
+    squares = channels * largest**2
+    fits = largest * channels < 2**30 and squares < _EXACT and channels * squares < 2.0**62
+    if not fits or radicand >= 2.0**62 or sums >= _EXACT:
         return None
     low, high = _byte_limits(settings['bits'])
     shrink = torch.exp2(-shifts.double())
@@ -157,6 +163,7 @@ def norm_fields(
         root_bits=settings['root_bits'],
         low=low,
         high=high,
+        wide=int(largest >= _NARROW),
     )
 
 

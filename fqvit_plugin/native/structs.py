@@ -47,7 +47,7 @@ _Norm = _struct(
     **{
         'x y rows in_rows channels pieces': _N,
         'map factor center gain offset zero whole_gain whole_offset shifts': _P,
-        'guard root_bits low high fill': _N,
+        'guard root_bits low high fill wide': _N,
     },
 )
 _Gather = _struct('Gather', **{'x y in_size runs run': _N, 'index': _P, 'fill': _N})

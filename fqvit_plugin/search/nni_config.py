@@ -143,7 +143,7 @@ def _bits(name: str, target: str, setting: Mapping[str, Any], own: Mapping[str, 
         if scheme == 'symmetric':
             raise ValueError(f"{where}: activations have a zero point; write quant_scheme='affine', or leave it out")
         if granularity != 'default':
-            raise ValueError(f'{where}: activations keep one scale (PTF: with factors): granularity default')
+            raise ValueError(f"{where}: activations keep the scheme's scales, mostly one: granularity default")
     if setting.get('quant_dtype') is None:
         return None
     dtype = BitType.parse(setting['quant_dtype'])

@@ -79,6 +79,7 @@ struct Norm {
   const int64_t* whole_offset;  // with the half that rounds
   const uint8_t* shifts;
   int64_t guard, root_bits, low, high, fill;
+  int64_t wide;  // whether |u| may pass 5700, so that 64 squares do not fit 32 bits
 };
 
 // Runs of bytes from elsewhere: y[i * run ...] = x[index[i] ...], or `fill` where the index is -1.

@@ -10,15 +10,23 @@ struct Moments {
   int64_t sum, squares;
 };
 
-// Adds channels from..to of a row to its moments; x holds them. u = byte * factor - center.
+// Adds channels from..to of a row to its moments; x holds them. u = byte * factor - center. WIDE: |u| is below 2**15
+// (at most 2**22), and its squares are summed in doubles: 2**30 for each channel, so 2**53 holds them all.
+template <bool WIDE>
 static inline void add_moments(const Norm& g, const uint8_t* x, int64_t from, int64_t to, int32_t* u, Moments& m) {
   vint total = spread(int32_t{0}), squares = total;
+  vreal wide = spread(0.0);
   int64_t c = from;
   x -= from;
   for (int block = 0; c + LANES <= to; c += LANES) {
     vint value = sub(multiply(load_bytes(x + c), load(g.factor + c)), load(g.center + c));
     store(u + c, value);
     total = add(total, value);
+    if (WIDE) {
+      vreal exact = to_real(value);
+      wide = multiply_add(exact, exact, wide);
+      continue;
+    }
     squares = add(squares, multiply(value, value));
     if (++block == 64) {  // squares are below 2**25, so 64 of them fit
       m.squares += sum(squares);
@@ -27,7 +35,7 @@ static inline void add_moments(const Norm& g, const uint8_t* x, int64_t from, in
     }
   }
   m.sum += sum(total);
-  m.squares += sum(squares);
+  m.squares += WIDE ? static_cast<int64_t>(sum(wide)) : sum(squares);
   for (; c < to; ++c) {
     u[c] = x[c] * g.factor[c] - g.center[c];
     m.sum += u[c];
@@ -77,7 +85,8 @@ static inline void normalize(const Norm& g, const Moments& m, const int32_t* u, 
   }
 }
 
-static void run(const Norm& g, Job& job) {
+template <bool WIDE>
+static void run_norm(const Norm& g, Job& job) {
   const uint8_t* x = job.memory.at(g.x);
   uint8_t* y = job.memory.at(g.y);
   const int64_t piece = g.channels / g.pieces;
@@ -93,11 +102,13 @@ static void run(const Norm& g, Job& job) {
       Moments m{0, 0};
       for (int64_t p = 0; p < g.pieces; ++p) {
         int64_t source = image * g.in_rows + (sources == nullptr ? row : sources[p]);
-        add_moments(g, x + source * piece, p * piece, (p + 1) * piece, u, m);
+        add_moments<WIDE>(g, x + source * piece, p * piece, (p + 1) * piece, u, m);
       }
       normalize(g, m, u, y + r * g.channels);
     }
   });
 }
+
+static void run(const Norm& g, Job& job) { g.wide ? run_norm<true>(g, job) : run_norm<false>(g, job); }
 
 }  // namespace fq

@@ -65,6 +65,11 @@ FQ_INLINE vreal load(const double* p) {
   return y;
 }
 FQ_INLINE vreal spread(double x) { return {{x, x, x, x}}; }
+FQ_INLINE double sum(vreal x) {
+  double total = 0;
+  FQ_LANES total += x.at[i];
+  return total;
+}
 FQ_INLINE vreal to_real(vint x) {
   vreal y;
   FQ_LANES y.at[i] = x.at[i];

@@ -52,6 +52,7 @@ FQ_INLINE int64_t sum(vint x) {
 }
 
 FQ_INLINE vreal load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+FQ_INLINE double sum(vreal x) { return _mm512_reduce_add_pd(_mm512_add_pd(x.low, x.high)); }
 FQ_INLINE vreal spread(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
 FQ_INLINE vreal to_real(vint x) {
   return {_mm512_cvtepi32_pd(_mm512_castsi512_si256(x)), _mm512_cvtepi32_pd(_mm512_extracti64x4_epi64(x, 1))};
@@ -150,6 +151,11 @@ FQ_INLINE int64_t sum(vint x) {
 }
 
 FQ_INLINE vreal load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+FQ_INLINE double sum(vreal x) {
+  double lanes[4];
+  _mm256_storeu_pd(lanes, _mm256_add_pd(x.low, x.high));
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+}
 FQ_INLINE vreal spread(double x) { return {_mm256_set1_pd(x), _mm256_set1_pd(x)}; }
 FQ_INLINE vreal to_real(vint x) {
   return {_mm256_cvtepi32_pd(_mm256_castsi256_si128(x)), _mm256_cvtepi32_pd(_mm256_extracti128_si256(x, 1))};
