@@ -28,8 +28,9 @@ from fqvit_plugin.checkpoint_io import load_checkpoint
 from fqvit_plugin.report import Report
 from fqvit_plugin.scheme import parse_scheme
 from fqvit_plugin.sensitivity.measure import DIRECTIONS
+from fqvit_plugin.sensitivity.page import sensitivity_sections
 from fqvit_plugin.sensitivity.records import LEVELS
-from fqvit_plugin.sensitivity.run import IMAGES, sensitivity_on
+from fqvit_plugin.sensitivity.run import IMAGES, channels_on, sensitivity_on, worst_photos
 from fqvit_plugin.sensitivity.terminal import print_sensitivity
 
 _EXAMPLES = """\
@@ -62,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--top', type=int, default=20, metavar='N', help='rows of a table (default: 20)')
     add('--json', metavar='FILE', type=Path, help='write all figures for programs')
     add('--html', metavar='FILE.html', type=Path, help='write the page of calibrate.py --report, and plots of this')
+    add('--no-pictures', action='store_true', help='name the worst images in the page, and do not show them')
     add('--batches', type=int, default=10, metavar='N', help='to calibrate float weights on (default: 10)')
     add('--seed', type=int, default=0, help="of the images' order (default: 0)")
     add('--device', default='cpu', help='cpu, cuda, cuda:1, ... (default: cpu)')
@@ -151,7 +153,10 @@ def analyze(args: argparse.Namespace) -> None:
         write_text(args.json, json.dumps(figures, allow_nan=False))
     if args.html is not None:
         info = PageInfo.of(model, cfg, f'{len(data.indices)} images in {len(data.batches)} batches')
-        write_text(args.html, render_page(info, report, analysis))
+        channels = channels_on(model, data, result, args.images)
+        photos = worst_photos(data, result, args.images, pictures=not args.no_pictures)
+        added = sensitivity_sections(result, analysis, channels, photos)
+        write_text(args.html, render_page(info, report, analysis, added))
     for path in (args.json, args.html):
         if path is not None:
             console.print(f'written: {path}', soft_wrap=True, markup=False)

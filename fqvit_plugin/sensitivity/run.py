@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -10,14 +11,17 @@ from torch import Tensor
 
 from ..analysis.collect import first_images
 from ..analysis.records import Analysis
-from ..calibration import CalibrationSet, forward_of
+from ..calibration import CalibrationSet, forward_of, image_names
 from ..surgery import find_classifier
+from .channels import ChannelRanges, channel_ranges
+from .kinds import PROBABILITIES
 from .measure import DIRECTIONS, count_passes, measure_sensitivity
+from .page import Photo, thumbnail
 from .records import LEVELS, Sensitivity
 from .switches import Switches
 from .units import units_of
 
-__all__ = ['IMAGES', 'labels_of', 'sensitivity_on']
+__all__ = ['IMAGES', 'channels_on', 'labels_of', 'sensitivity_on', 'worst_photos']
 
 IMAGES = 32  #: of the calibration images, what is measured
 
@@ -61,6 +65,46 @@ def sensitivity_on(
         directions=directions,
         on_pass=on_pass,
     )
+
+
+def channels_on(
+    model: Any, data: CalibrationSet, result: Sensitivity, images: int, count: int = 12
+) -> tuple[ChannelRanges, ...]:
+    """Ranges of the channels of the ``count`` tensors that cost most alone, on the images that were measured."""
+    classifier = find_classifier(model)
+    ranked = result.ranked('tensor', 'only') or result.ranked('tensor', 'without')
+    without_channels = (PROBABILITIES, 'attention logits')
+    paths = dict.fromkeys(e.name for e in ranked if e.bits is not None and e.kind not in without_channels)
+    batches = data.load(first_images(data.batches, images))
+    return channel_ranges(classifier, batches, [*paths][:count], forward_of(classifier))
+
+
+def worst_photos(
+    data: CalibrationSet, result: Sensitivity, images: int, count: int = 8, pictures: bool = True
+) -> list[Photo]:
+    """The images that quantization changed most.
+
+    Args:
+        data, images: as :func:`sensitivity_on` was given them.
+        result: what it gave.
+        count: how many, at most.
+        pictures: show them, small.
+    """
+    measured = [index for batch in first_images(data.batches, images) for index in batch]
+    worst = result.worst_images(count)
+    names = image_names(data.loader.dataset, [measured[image.index] for image in worst])
+    classes = (getattr(data.loader.dataset, 'metainfo', None) or {}).get('classes') or ()
+    batches = data.load([[measured[image.index]] for image in worst])
+    photos = []
+    for i, image in enumerate(worst):
+        picture = next(batches)['inputs'][0]
+        shown = thumbnail(picture) if pictures and picture.dtype is torch.uint8 and len(picture) == 3 else ''
+        name = os.path.basename(names[i]) if names else f'image {image.index}'
+        expected, found = (
+            str(classes[c]) if c < len(classes) else f'class {c}' for c in (image.expected, image.found)
+        )
+        photos.append(Photo(image, name, expected, found, shown))
+    return photos
 
 
 def labels_of(batch: Any) -> Tensor | None:
