@@ -87,6 +87,7 @@ ORDER = [
     'sensitivity.terminal',
     'sensitivity.page',
     'sensitivity.run',
+    'sensitivity.allocation',
     'integer',
     'integer.kernels',
     'integer.program',

@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from mmengine.config import Config, DictAction
-from mmengine.logging import MMLogger
-from mmpretrain.registry import MODELS
+from _measuring import calibrated_model, check_device, check_outputs, progress_bar
+from mmengine.config import DictAction
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import fqvit_plugin as fq
 from fqvit_plugin.analysis.collect import analyse_on
 from fqvit_plugin.analysis.page import PageInfo, render_page, write_text
-from fqvit_plugin.apis import build_classifier, load_config
-from fqvit_plugin.calibration import CalibrationSet, calibrate_on_
-from fqvit_plugin.checkpoint import stored_scheme
-from fqvit_plugin.checkpoint_io import load_checkpoint
-from fqvit_plugin.report import Report
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.apis import load_config
+from fqvit_plugin.calibration import CalibrationSet
 from fqvit_plugin.sensitivity.measure import DIRECTIONS
 from fqvit_plugin.sensitivity.page import sensitivity_sections
 from fqvit_plugin.sensitivity.records import LEVELS
@@ -74,63 +63,15 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     """Refuse now what could not be written, or would show nothing, after minutes of measuring."""
-    given = [path for path in (args.json, args.html) if path is not None]
     if args.html is not None and args.html.suffix.lower() not in ('.html', '.htm'):
         raise ValueError(f'--html writes a web page: call it {args.html.name}.html, for instance')
-    for path in given:
-        if path.is_dir():
-            raise ValueError(f'{path} is a folder: name a file in it')
-        if path.exists() and not args.force:
-            raise ValueError(f'{path} exists; add --force to overwrite it')
-        folder = next(parent for parent in path.absolute().parents if parent.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK):
-            raise ValueError(f'{path} cannot be written: {folder} is no folder one may write into')
+    check_outputs([args.json, args.html], args.force)
     for option, value in (('--images', args.images), ('--top', args.top)):
         if value < 1:
             raise ValueError(f'{option} must be at least 1, got {value}')
     if args.sort is not None and args.sort not in args.directions:
         raise ValueError(f'--sort {args.sort}: that direction is not measured; add it to --directions')
-    if torch.device(args.device).type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'--device {args.device}: this torch sees no GPU')
-
-
-def calibrated_model(cfg: Config, args: argparse.Namespace, data: CalibrationSet) -> tuple[Any, Report]:
-    """The model of a calibrated checkpoint as it is, or of a float one, calibrated by the config's scheme."""
-    if args.checkpoint.suffix.lower() not in ('.safetensors', '.npz') and _is_calibrated(args.checkpoint):
-        model = MODELS.build({'data_preprocessor': cfg.get('data_preprocessor'), **cfg.model})
-        report = fq.load_quantized_(model, args.checkpoint)
-        return model.to(args.device), report
-    if cfg.get('quant_scheme') is None:
-        raise ValueError('the config has no quant_scheme, and the checkpoint is not calibrated: write one')
-    model = build_classifier(cfg, args.checkpoint, args.device)
-    report = fq.quantize_model_(model, parse_scheme(cfg.quant_scheme))
-    logger = MMLogger.get_current_instance()
-    logger.setLevel('INFO')
-    calibrate_on_(model, data, logger)
-    return model, report
-
-
-def _is_calibrated(checkpoint: Path) -> bool:
-    loaded = load_checkpoint(checkpoint)
-    with contextlib.suppress(ValueError):
-        stored_scheme(loaded)
-        return True
-    return False
-
-
-@contextlib.contextmanager
-def _progress(console: Console) -> Any:
-    """What makes a progress bar of a number of passes; nothing is shown where there is no terminal."""
-    columns = (TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-    def begin(total: int) -> Callable[[], None]:
-        task = progress.add_task('passes', total=total)
-        return lambda: progress.advance(task)
-
-    # a disabled one that is entered still ends with an empty line, up to rich 14 at least
-    with progress if console.is_terminal else contextlib.nullcontext():
-        yield begin
+    check_device(args.device)
 
 
 def analyze(args: argparse.Namespace) -> None:
@@ -138,9 +79,9 @@ def analyze(args: argparse.Namespace) -> None:
     _check(args)
     cfg = load_config(args.config, args.cfg_options)
     data = CalibrationSet.build(cfg, args.batches, args.seed)
-    model, report = calibrated_model(cfg, args, data)
+    model, report = calibrated_model(cfg, args.checkpoint, args.device, data)
     analysis = analyse_on(model, data, args.images)
-    with _progress(Console(stderr=True)) as begin:
+    with progress_bar(Console(stderr=True)) as begin:
         result = sensitivity_on(
             model, data, args.images, levels=args.units, directions=args.directions, weight_bits=args.weight_bits,
             act_bits=args.act_bits, analysis=analysis, begin=begin,

@@ -35,6 +35,7 @@ def sensitivity_on(
     directions: Collection[str] = DIRECTIONS,
     weight_bits: Sequence[int] = (),
     act_bits: Sequence[int] = (),
+    kinds: Collection[str] | None = None,
     analysis: Analysis | None = None,
     begin: Callable[[int], Callable[[], None]] = lambda _: lambda: None,
 ) -> Sensitivity:
@@ -45,6 +46,7 @@ def sensitivity_on(
         data: its calibration data; labels are used where they are there.
         images: how many.
         levels, weight_bits, act_bits: as :func:`~fqvit_plugin.sensitivity.units.units_of` takes them.
+        kinds: measure only units of these kinds.
         directions, analysis: as :func:`~fqvit_plugin.sensitivity.measure.measure_sensitivity` takes them.
         begin: told the number of passes; gives what is called after each.
 
@@ -53,6 +55,7 @@ def sensitivity_on(
     """
     classifier = find_classifier(model)
     units = units_of(Switches(classifier).layers, levels, weight_bits, act_bits)
+    units = [unit for unit in units if kinds is None or unit.kind in kinds]
     batches = first_images(data.batches, images)
     on_pass = begin(len(batches) * count_passes(units, directions))
     return measure_sensitivity(
