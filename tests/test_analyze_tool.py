@@ -32,7 +32,9 @@ from fqvit_plugin.sensitivity.units import units_of
 
 from . import models
 from .projects import build, float_checkpoint, project, write_images
-from .test_report_page import _Tags
+from .test_report_page import _Tags, browser, visit
+
+__all__ = ['browser']  # a fixture
 
 
 @pytest.fixture(scope='module')
@@ -139,6 +141,22 @@ def test_channels_by_hand():
             hook.remove()
             x = torch.cat(seen).flatten(0, 1)
             assert ends == (tuple(x.amin(0).tolist()), tuple(x.amax(0).tolist()))
+
+
+@pytest.mark.parametrize('width', [390, 1440])
+def test_in_a_browser_nothing_is_too_wide_or_asked_for(job, tmp_path, browser, width):
+    config, _, calibrated = job
+    page = tmp_path / 's.html'
+    assert analyze.main([config, calibrated, '--images', '2', '--batches', '3', '--html', str(page)]) == 0
+    tab, said, requests = visit(browser, page, width)
+    for element in tab.query_selector_all('summary'):
+        element.click()
+    assert tab.evaluate('document.documentElement.scrollWidth') <= width
+    assert max(tab.evaluate('[...document.querySelectorAll("td svg")].map(s => s.clientHeight)')) <= 12
+    assert tab.evaluate('[...document.images].every(i => i.complete && i.naturalWidth)')
+    assert said == []
+    assert [r for r in requests if not r.startswith('data:')] == [page.as_uri()]
+    tab.close()
 
 
 def test_a_picture_keeps_its_colours():

@@ -49,7 +49,7 @@ svg .rule { stroke: var(--line); stroke-width: 1; vector-effect: non-scaling-str
 svg .good { fill: var(--bar-good); } svg .fair { fill: var(--bar-fair); } svg .low { fill: var(--bar-low); }
 svg .mark { fill: var(--mark); } svg .covered { fill: var(--covered); } svg .seen { fill: var(--seen); }
 svg .after { fill: none; stroke: var(--mark); stroke-width: 1; vector-effect: non-scaling-stroke; }
-td svg { height: 10px; min-width: 90px; border: 0; }
+details td svg { height: 12px; min-width: 90px; border: 0; }
 .photos { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); }
 .photos img { display: block; width: 100%; border-radius: 6px; } .photos figcaption { overflow-wrap: anywhere; }
 svg .area { fill: var(--area); }

@@ -97,26 +97,27 @@ def _table(unit: str, result: Sensitivity) -> str:
     entries = ranked[:ROWS]
     if not entries:
         return ''
-    highest = {d: max([LEAST, *(getattr(e, d).kl for e in entries if getattr(e, d))]) for d in ('only', 'without')}
+    highest = {
+        d: max(LEAST, *(getattr(e, d).kl for e in entries if getattr(e, d)))
+        for d in ('only', 'without')
+        if any(getattr(e, d) for e in entries)
+    }
+    about = ('Bits', 'SQNR') if unit == 'tensor' else ('Tensors',)
+    columns = [*about, *(name for d in highest for name in (f'{d.capitalize()}: KL', '', 'Same class'))]
+    head = ''.join(f'<th scope="col" class="n">{name}</th>' if name else '<td></td>' for name in columns)
     rows = ''.join(_row(entry, highest) for entry in entries)
-    head = ''.join(
-        f'<th scope="col"{kind}>{name}</th>'
-        for name, kind in (
-            ('Unit', ''), ('Bits', ' class="n"'), ('SQNR', ' class="n"'), ('Only: KL', ' class="n"'), ('', ''),
-            ('Same class', ' class="n"'), ('Without: KL', ' class="n"'), ('', ''), ('Same class', ' class="n"'),
-        )
-    )  # fmt: skip
     count = '' if len(entries) == len(ranked) else f', the first {len(entries)} of {len(ranked)}'
     return (
         f'<details{" open" if unit == "group" else ""}><summary>{_TITLES[unit]}{count}</summary>'
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{_TITLES[unit]}"><table><thead><tr>{head}</tr>'
-        f'</thead><tbody>{rows}</tbody></table></div></details>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{_TITLES[unit]}"><table><thead><tr>'
+        f'<th scope="col">Unit</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
     )
 
 
 def _row(entry: Entry, highest: Mapping[str, float]) -> str:
-    cells = [f'<th scope="row">{escape(entry.name)}</th>', f'<td class="n">{entry.bits or "–"}</td>']
-    cells.append(f'<td class="n">{escape(format_decibels(entry.sqnr_db))}</td>')
+    sqnr = escape(format_decibels(entry.sqnr_db))
+    about = [str(entry.bits or '–'), sqnr] if entry.unit == 'tensor' else [str(entry.members)]
+    cells = [f'<td class="n">{text}</td>' for text in about]
     for direction, top in highest.items():
         effect: Effect | None = getattr(entry, direction)
         if effect is None:
@@ -125,7 +126,7 @@ def _row(entry: Entry, highest: Mapping[str, float]) -> str:
         bar = strip(math.sqrt(effect.kl / top), _quality(effect.kl), f'{effect.kl:.2g} nats')
         cells.append(f'<td class="n">{format_kl(effect.kl)}</td><td>{bar}</td>')
         cells.append(f'<td class="n">{format_share(effect.agree)}</td>')
-    return f'<tr>{"".join(cells)}</tr>'
+    return f'<tr><th scope="row">{escape(entry.name)}</th>{"".join(cells)}</tr>'
 
 
 def _quality(kl: float) -> str:
