@@ -48,7 +48,7 @@ def page(results):
 class _Tags(HTMLParser):
     """Every start tag with its attributes, and whether tags are closed in order."""
 
-    VOID = ('meta', 'link', 'input', 'wbr', 'rect', 'line', 'path')
+    VOID = ('meta', 'link', 'input', 'img', 'br', 'wbr', 'rect', 'line', 'path')
 
     def __init__(self, text: str) -> None:
         super().__init__()

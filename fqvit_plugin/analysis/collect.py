@@ -24,7 +24,7 @@ from ..surgery import find_classifier
 from .measure import Tally
 from .records import Analysis, EndToEnd, decibels
 
-__all__ = ['analyse', 'analyse_on']
+__all__ = ['PER_BATCH', 'analyse', 'analyse_on', 'first_images']
 
 SAMPLES = 4096  #: values per tensor and batch that are compared between the float and the quantized model
 IMAGES, PER_BATCH = 64, 16  #: of the calibration images, what analyse_on looks at
@@ -72,10 +72,10 @@ def analyse_on(model: nn.Module, data: CalibrationSet, images: int = IMAGES) -> 
         ValueError, RuntimeError: as :func:`analyse`.
     """
     classifier = find_classifier(model)
-    return analyse(classifier, data.load(_split(data.batches, images)), forward_of(classifier))
+    return analyse(classifier, data.load(first_images(data.batches, images)), forward_of(classifier))
 
 
-def _split(batches: Sequence[Sequence[int]], images: int) -> list[list[int]]:
+def first_images(batches: Sequence[Sequence[int]], images: int) -> list[list[int]]:
     """The first ``images`` of ``batches``, in smaller ones; never joined, since their images may differ in size."""
     found: list[list[int]] = []
     for batch in batches:

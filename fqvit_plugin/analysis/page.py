@@ -20,7 +20,7 @@ from .style import SCRIPT, STYLE
 from .svg import bars, histogram_path, ranges
 from .terminal import format_decibels, format_share, quality
 
-__all__ = ['PageInfo', 'render_page', 'write_text']
+__all__ = ['PageInfo', 'Section', 'plot', 'render_page', 'role_panels', 'role_title', 'write_text']
 
 #: The page may load nothing: what is not inline is refused by the browser.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
@@ -65,6 +65,21 @@ class PageInfo:
         )
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that somebody else adds.
+
+    Args:
+        anchor: the ``id`` of its outermost element, for the page's navigation.
+        title: what the navigation says.
+        html: of the whole section; what comes from outside is escaped in it.
+    """
+
+    anchor: str
+    title: str
+    html: str
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -84,11 +99,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         aside.unlink(missing_ok=True)
 
 
-def render_page(info: PageInfo, report: Report, analysis: Analysis) -> str:
-    """The page as text; everything that comes from outside is escaped."""
+def render_page(info: PageInfo, report: Report, analysis: Analysis, added: Sequence[Section] = ()) -> str:
+    """The page as text; everything that comes from outside is escaped. ``added`` sections come first."""
     title = escape(f'{info.title}: FQ-ViT calibration')
     sections = [
         _cards(report, analysis),
+        *(section.html for section in added),
         _errors(analysis),
         _ranges(analysis),
         _table(analysis),
@@ -100,14 +116,14 @@ def render_page(info: PageInfo, report: Report, analysis: Analysis) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         f'<link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head>\n<body>'
-        f'<a class="skip" href="#main">Skip to the figures</a>\n{_header(info, report)}\n'
+        f'<a class="skip" href="#main">Skip to the figures</a>\n{_header(info, report, added)}\n'
         f'<main id="main">\n{chr(10).join(sections)}\n</main>\n'
         f'<footer>Written by fqvit_plugin. FQ-ViT: Lin et al., IJCAI 2022.</footer>\n<script>{SCRIPT}</script>\n'
         '</body></html>\n'
     )
 
 
-def _header(info: PageInfo, report: Report) -> str:
+def _header(info: PageInfo, report: Report, added: Sequence[Section]) -> str:
     facts = {
         'Scheme': f'{report.scheme.name}, {report.recipe}',
         'Model': info.model,
@@ -117,6 +133,7 @@ def _header(info: PageInfo, report: Report) -> str:
     }
     items = ''.join(f'<div><dt>{k}:</dt><dd>{escape(v)}</dd></div>' for k, v in facts.items() if v)
     links = {
+        **{section.anchor: section.title for section in added},
         'errors': 'Errors',
         'ranges': 'Ranges',
         'table': 'All tensors',
@@ -166,7 +183,7 @@ def _cards(report: Report, analysis: Analysis) -> str:
     return f'<section aria-label="Summary"><div class="cards">{"".join(cards)}</div></section>'
 
 
-def _panels(analysis: Analysis) -> list[tuple[str, Sequence[TensorRecord]]]:
+def role_panels(analysis: Analysis) -> list[tuple[str, Sequence[TensorRecord]]]:
     """Tensors of one role side by side; those that occur once share a panel."""
     roles = analysis.roles()
     panels: list[tuple[str, Sequence[TensorRecord]]] = [(r, t) for r, t in roles.items() if len(t) > 1]
@@ -180,12 +197,12 @@ def _panels(analysis: Analysis) -> list[tuple[str, Sequence[TensorRecord]]]:
     return panels
 
 
-def _title(role: str) -> str:
+def role_title(role: str) -> str:
     """The part of a role that tells it from others: what comes after the last block's number."""
     return role.rpartition('.#.')[2]
 
 
-def _plot(svg: str, top: str, bottom: str, members: Sequence[TensorRecord]) -> str:
+def plot(svg: str, top: str, bottom: str, members: Sequence[TensorRecord]) -> str:
     first, last = (f'{_place(members[i])}' for i in (0, -1))
     if len(members) < 2 or first == last:
         first, last = 'in the order', 'of the network'
@@ -209,7 +226,7 @@ def _errors(analysis: Analysis) -> str:
     finite = [v for r in analysis.tensors for v in (r.sqnr, r.total_sqnr or 0) if math.isfinite(v)]
     top = 10.0 * math.ceil(max([40.0, *finite]) / 10)
     panels = []
-    for role, members in _panels(analysis):
+    for role, members in role_panels(analysis):
         svg = bars(
             [r.sqnr for r in members],
             [r.total_sqnr for r in members],
@@ -219,7 +236,7 @@ def _errors(analysis: Analysis) -> str:
             f'Signal-to-noise ratio of {role}: {min(r.sqnr for r in members):.1f} dB at the lowest',
         )
         panels.append(
-            f'<div class="panel"><h3>{escape(_title(role))}</h3>{_plot(svg, f"{top:.0f} dB", "0", members)}</div>'
+            f'<div class="panel"><h3>{escape(role_title(role))}</h3>{plot(svg, f"{top:.0f} dB", "0", members)}</div>'
         )
     return (
         '<section id="errors"><h2>Error of every tensor</h2>'
@@ -235,7 +252,7 @@ def _errors(analysis: Analysis) -> str:
 
 def _ranges(analysis: Analysis) -> str:
     panels = []
-    for role, every in _panels(analysis):
+    for role, every in role_panels(analysis):
         members = [r for r in every if r.covered is not None and r.observer != 'log2']
         if not members:
             continue
@@ -245,7 +262,7 @@ def _ranges(analysis: Analysis) -> str:
         svg = ranges(covered, seen, titles, f'Covered and seen ranges of {role}')
         ends = [0.0, *itertools.chain.from_iterable((*covered, *seen))]
         low, high = f'{min(ends):.3g}', f'{max(ends):.3g}'
-        panels.append(f'<div class="panel"><h3>{escape(_title(role))}</h3>{_plot(svg, high, low, members)}</div>')
+        panels.append(f'<div class="panel"><h3>{escape(role_title(role))}</h3>{plot(svg, high, low, members)}</div>')
     return (
         '<section id="ranges"><h2>Ranges</h2><p>What the integer grid covers and which values occurred. A grid much '
         'wider than its values wastes codes; values beyond the grid saturate. The line is zero.</p>'

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['Analysis', 'EndToEnd', 'Scales', 'TensorRecord', 'decibels']
+__all__ = ['Analysis', 'EndToEnd', 'Scales', 'TensorRecord', 'block_of', 'decibels']
 
 #: The number of a block; those of the two linear layers of mmcv's FFN say which one it is.
 _NUMBER = re.compile(r'(?<!ffn\.layers)\.\d+(?=\.)')
@@ -20,6 +20,12 @@ def decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf if signal > 0 else math.nan
     return 10 * math.log10(signal / noise) if signal > 0 else -math.inf
+
+
+def block_of(path: str) -> str:
+    """The path of a Q layer up to the innermost numbered block; the first name outside of blocks."""
+    numbers = list(_NUMBER.finditer(path))
+    return path[: numbers[-1].end()] if numbers else path.split('.')[0]
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,8 @@ class TensorRecord:
 
     @property
     def block(self) -> str:
-        """The path up to the innermost numbered block; the first name outside of blocks."""
-        numbers = list(_NUMBER.finditer(self.path))
-        return self.path[: numbers[-1].end()] if numbers else self.path.split('.')[0]
+        """See :func:`block_of`."""
+        return block_of(self.path)
 
 
 @dataclass(frozen=True)

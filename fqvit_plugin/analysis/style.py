@@ -48,6 +48,10 @@ svg { display: block; width: 100%; height: 96px; border-bottom: 1px solid var(--
 svg .rule { stroke: var(--line); stroke-width: 1; vector-effect: non-scaling-stroke; }
 svg .good { fill: var(--bar-good); } svg .fair { fill: var(--bar-fair); } svg .low { fill: var(--bar-low); }
 svg .mark { fill: var(--mark); } svg .covered { fill: var(--covered); } svg .seen { fill: var(--seen); }
+svg .after { fill: none; stroke: var(--mark); stroke-width: 1; vector-effect: non-scaling-stroke; }
+details td svg { height: 12px; min-width: 90px; border: 0; }
+.photos { display: grid; gap: 14px; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr)); }
+.photos img { display: block; width: 100%; border-radius: 6px; } .photos figcaption { overflow-wrap: anywhere; }
 svg .area { fill: var(--area); }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; list-style: none; padding: 0; margin: 0 0 12px;
   font-size: .88rem; }

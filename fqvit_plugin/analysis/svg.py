@@ -10,7 +10,7 @@ import html
 import math
 from collections.abc import Sequence
 
-__all__ = ['bars', 'histogram_path', 'ranges']
+__all__ = ['bands', 'bars', 'histogram_path', 'ranges', 'strip']
 
 WIDTH, HEIGHT = 300.0, 100.0
 
@@ -85,6 +85,40 @@ def histogram_path(counts: Sequence[int], label: str) -> str:
         y = _number(HEIGHT * (1 - math.sqrt(count) / highest))
         steps.append(f'V{y}H{_number(WIDTH * (i + 1) / len(counts))}')
     return _svg(f'<path class="area" d="{"".join(steps)}V{HEIGHT:g}Z"/>', label)
+
+
+def bands(layers: Sequence[tuple[Sequence[float], Sequence[float], str]], label: str) -> str:
+    """Bands over channels, one before the other, from a low to a high end of each channel.
+
+    Heights are square roots of the distances from zero, up and down, or one wide channel would flatten all others.
+
+    Args:
+        layers: low ends, high ends and style class of each band; the ends of one band are as many.
+        label: what a screen reader says.
+    """
+    ends = [_root(v) for lows, highs, _ in layers for v in (*lows, *highs)]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
+    span = (high - low) or 1.0
+
+    def y(value: float) -> str:
+        return _number(HEIGHT * (high - _root(value)) / span)
+
+    body = []
+    for lows, highs, name in layers:
+        edges = [_number(WIDTH * i / max(len(lows), 1)) for i in range(len(lows) + 1)]
+        there = ''.join(f'V{y(value)}H{edges[i + 1]}' for i, value in enumerate(highs))
+        back = ''.join(f'V{y(value)}H{edges[len(lows) - i - 1]}' for i, value in enumerate(reversed(lows)))
+        body.append(f'<path class="{name}" d="M0 {y(0.0)}{there}{back}Z"/>')
+    return _svg(''.join(body) + _line(HEIGHT * high / span), label)
+
+
+def strip(share: float, name: str, label: str) -> str:
+    """One bar from the left, ``share`` of the width long; 0 to 1."""
+    return _svg(_rect(0, 0, WIDTH * min(max(share, 0.0), 1.0), HEIGHT, name), label)
+
+
+def _root(value: float) -> float:
+    return math.copysign(math.sqrt(abs(value)), value)
 
 
 def _share(value: float, top: float) -> float:

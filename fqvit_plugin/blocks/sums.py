@@ -41,6 +41,8 @@ def scores(q: Tensor, k: Tensor, q_act: QAct, k_act: QAct, factor: float) -> Sum
 
 def attended(probs: Any, v: Tensor, v_act: QAct, merge: Callable[[Tensor], Tensor]) -> Tensor | Exact:
     """``probs @ v``, in the layout that ``merge`` makes; ``v`` (…, T, D) is on the grid of ``v_act``."""
+    if isinstance(probs, Powers) and not v_act.is_exact:  # its quantizer alone is switched off
+        probs = probs.value()
     if not isinstance(probs, Powers):
         return merge(product(probs, v))
     with full_precision(v):

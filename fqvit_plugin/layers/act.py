@@ -41,7 +41,7 @@ class QAct(QuantLayer):
         super().__init__()
         self.inplace = inplace
         self.quantizer: Any = build_quantizer(parse_spec(spec), channels)
-        self._constants: tuple[tuple[int, ...], Any] = ((), None)
+        self._constants: tuple[tuple[Any, ...], Any] = ((), None)
 
     @property
     def scale(self) -> Tensor:
@@ -69,11 +69,11 @@ class QAct(QuantLayer):
         """``x`` on its grid, by the integer rules."""
         return x.laid(*self.constants(lambda: (x.rule(self.scale), self.to_grid(x.channels)), x.channels, *x.sources))
 
-    def constants(self, make: Callable[[], Any], channels: int, *sources: Tensor) -> Any:
-        """What ``make`` gives, kept until the grid, the sources or the number of channels change."""
+    def constants(self, make: Callable[[], Any], channels: int, *sources: Tensor, use: str = 'grid') -> Any:
+        """What ``make`` gives, kept until the use, the grid, the sources or the number of channels change."""
         if is_compiling():
             return make()
-        key = (channels, *versions(*self.quantizer.buffers(), *sources))
+        key = (use, channels, *versions(*self.quantizer.buffers(), *sources))
         if self._constants[0] != key:
             self._constants = (key, make())
         return self._constants[1]
@@ -140,5 +140,5 @@ class QActOf(QAct):
             return self.quantized(self.function(reals(x)), self.quantizer, self.inplace)
         read = ToTable(self.table, -(len(self.table) // 2) - self.table_zero)
         if isinstance(x, Exact):
-            return x.laid(self.constants(lambda: x.rule(self.table_step), x.channels, *x.sources), read)
+            return x.laid(self.constants(lambda: x.rule(self.table_step), x.channels, *x.sources, use='table'), read)
         return by_slices(lambda rows: read.finish(torch.div(rows, self.table_step).round_()), x.float())

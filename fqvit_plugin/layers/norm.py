@@ -105,5 +105,7 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
             return layernorm_constants(x.shape[-1], *arguments), out_act.to_grid(x.shape[-1])
 
         parameters = (p for p in (self.weight, self.bias) if p is not None)
-        layer, finish = out_act.constants(constants, x.shape[-1], source.scale, source.zero_point, *parameters)
+        layer, finish = out_act.constants(
+            constants, x.shape[-1], source.scale, source.zero_point, *parameters, use='norm'
+        )
         return layernorm(x.contiguous(), layer, finish)

@@ -65,7 +65,10 @@ class QIntSoftmax(QuantLayer):
 
     def _powers(self, logits: Exact, in_act: QAct, mask: Tensor | None) -> Powers:
         rule, finish = in_act.constants(
-            lambda: (logits.rule(in_act.scale), in_act.to_steps(logits.channels)), logits.channels, *logits.sources
+            lambda: (logits.rule(in_act.scale), in_act.to_steps(logits.channels)),
+            logits.channels,
+            *logits.sources,
+            use='steps',
         )
         return Powers(*powers(logits.laid(rule, finish), in_act.scale, self.spec.bit_type.bits, mask))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..scheme import parse_scheme
 from .objective import Outcome, Setting
 from .space import Group
 
-__all__ = ['choose', 'describe', 'make_table', 'pareto', 'write_config', 'write_json', 'write_plot']
+__all__ = ['choose', 'derived_config', 'describe', 'make_table', 'pareto', 'write_config', 'write_json', 'write_plot']
 
 
 def choose(outcomes: Sequence[Outcome], budget: int | None) -> Outcome:
@@ -117,24 +118,43 @@ def write_plot(
 
 
 def write_config(path: Path, setting: Setting, winner: Outcome, groups: Sequence[Group] = ()) -> None:
-    """The winner as a config that inherits the given one and evaluates under ``mim test``.
+    """The winner as a config that inherits the given one and evaluates under ``mim test``."""
+    header = f'# {describe(winner.recipe, groups)}\n# {winner.num_bytes:,} bytes; found by tools/search.py\n'
+    hooks = partial(_hooks, setting=setting)
+    text = derived_config(setting.config, setting.cfg_options, winner.recipe, path.parent, hooks)
+    path.write_text(header + text, encoding='utf-8')
+
+
+def derived_config(
+    config: str,
+    cfg_options: dict[str, Any] | None,
+    scheme: dict[str, Any],
+    folder: Path,
+    hooks: Callable[[Sequence[Any]], list[dict[str, Any]]] | None = None,
+) -> str:
+    """Text of a config in ``folder`` that is ``config`` with another ``quant_scheme``.
 
     A new-style config, or one changed by ``--cfg-options``, cannot be inherited: it is written out in full then.
+
+    Args:
+        config: path of the given one.
+        cfg_options: what ``--cfg-options`` changed in it.
+        scheme: as :func:`~fqvit_plugin.scheme.parse_scheme` takes it.
+        folder: where the text will lie.
+        hooks: makes ``custom_hooks`` of the given ones; they are inherited without.
     """
-    base = Config.fromfile(setting.config)
-    if setting.cfg_options:
-        base.merge_from_dict(setting.cfg_options)
-    hooks = _hooks(base.get('custom_hooks') or [], setting)
-    inheritable = not setting.cfg_options and '_base_' not in base and not _is_lazy(setting.config)
-    header = f'# {describe(winner.recipe, groups)}\n# {winner.num_bytes:,} bytes; found by tools/search.py\n'
-    if inheritable:
-        scheme = dict(winner.recipe, _delete_=True) if 'quant_scheme' in base else winner.recipe
-        parent = os.path.relpath(setting.config, path.parent)
-        text = f'{header}_base_ = {parent!r}\n\nquant_scheme = {_pretty(scheme)}\ncustom_hooks = {_pretty(hooks)}\n'
-    else:
-        base.quant_scheme, base.custom_hooks = winner.recipe, hooks
-        text = header + base.pretty_text
-    path.write_text(text, encoding='utf-8')
+    base = Config.fromfile(config)
+    if cfg_options:
+        base.merge_from_dict(cfg_options)
+    changes: dict[str, Any] = {} if hooks is None else {'custom_hooks': hooks(base.get('custom_hooks') or [])}
+    if cfg_options or '_base_' in base or _is_lazy(config):
+        base.quant_scheme = scheme
+        base.update(changes)
+        return str(base.pretty_text)
+    # what the base says of the scheme must not come through
+    changes = {'quant_scheme': {**scheme, '_delete_': True} if 'quant_scheme' in base else scheme, **changes}
+    lines = [f'{name} = {_pretty(value)}\n' for name, value in changes.items()]
+    return f'_base_ = {os.path.relpath(config, folder)!r}\n\n{"".join(lines)}'
 
 
 def _is_lazy(config: str) -> bool:
