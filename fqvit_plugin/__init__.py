@@ -10,7 +10,6 @@ from .convert import convert_state_dict
 from .hooks import QuantHook
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .lifecycle import (
-    calibrate_,
     close_calibrate,
     dequant,
     open_calibrate,
@@ -25,9 +24,11 @@ from .observers import (
     PercentileObserver,
     PtfObserver,
 )
+from .presets import get_scheme
 from .quantizers import Log2Quantizer, Quantizer, UniformQuantizer
-from .registry import OBSERVERS, QUANTIZERS
-from .scheme import BitType, QuantScheme, QuantSpec, get_scheme
+from .recipe import calibrate_
+from .registry import OBSERVERS, QUANTIZERS, STEPS
+from .scheme import BitType, QuantScheme, QuantSpec
 from .surgery import quantize_model_, register_family
 
 __version__ = '0.1.0'
@@ -35,6 +36,7 @@ __version__ = '0.1.0'
 __all__ = [
     'OBSERVERS',
     'QUANTIZERS',
+    'STEPS',
     'BitType',
     'EmaObserver',
     'Log2Quantizer',

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .blocks.common import is_quantized
 from .distributed import RankSync, deal
-from .lifecycle import calibrate_
+from .recipe import calibrate_
 from .surgery import find_classifier
 
 __all__ = ['CalibrationSet', 'calibrate_on_', 'image_names']
@@ -178,7 +178,7 @@ def calibrate_on_(model: nn.Module, data: CalibrationSet, logger: MMLogger) -> i
         logger.info(f'calibration: batch {min(next(turns) * dist.get_world_size(), total)}/{total}')
 
     if dist.get_world_size() == 1:
-        calibrate_(classifier, data.load(data.batches), forward)
+        calibrate_(classifier, data.load(data.batches), forward, report=logger.info)
     else:
         calibrate_(classifier, data.load(deal(data.batches)), forward, sync=RankSync())
     return len(data.indices)

@@ -18,7 +18,7 @@ import torch
 
 import fqvit_plugin as fq
 from fqvit_plugin.apis import load_config
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.sensitivity.allocation import (
     Allocation,
     LayerCost,

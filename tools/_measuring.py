@@ -20,8 +20,8 @@ from fqvit_plugin.apis import build_classifier
 from fqvit_plugin.calibration import CalibrationSet, calibrate_on_
 from fqvit_plugin.checkpoint import stored_scheme
 from fqvit_plugin.checkpoint_io import load_checkpoint
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.report import Report
-from fqvit_plugin.scheme import parse_scheme
 
 
 def check_outputs(paths: Sequence[Path | None], force: bool) -> None:
