@@ -23,14 +23,23 @@ from fqvit_plugin.integer.program import Grid, IntegerModel, Op, Program
 
 from . import models
 
-triton = pytest.importorskip('triton', minversion='3.0', reason='Triton 3 is not installed')
+triton = pytest.importorskip('triton', minversion='3.4', reason='Triton 3.4 is not installed')
 tl = triton.language
 
 from fqvit_plugin.gpu.kernels.attention import attention_kernel  # noqa: E402 - they need Triton
 from fqvit_plugin.gpu.kernels.gemm import linear_kernel  # noqa: E402
-from fqvit_plugin.gpu.kernels.rules import integer_root  # noqa: E402
+from fqvit_plugin.gpu.kernels.rules import integer_quotient, integer_root  # noqa: E402
+from fqvit_plugin.gpu.packing import exponent_line, pack_table, rescaling, unpack_table  # noqa: E402
 from fqvit_plugin.gpu.planner import plan  # noqa: E402
-from fqvit_plugin.gpu.steps import Attention, FusedLinear, FusedNorm, PlainKernel, ResidualAdd  # noqa: E402
+from fqvit_plugin.gpu.steps import (  # noqa: E402
+    Attention,
+    FusedLinear,
+    FusedNorm,
+    ImagePatches,
+    PlainKernel,
+    ResidualAdd,
+    RowMap,
+)
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 runs = pytest.mark.skipif(missing() is not None, reason=f'Triton kernels do not run here: {missing()}')
@@ -72,6 +81,11 @@ def test_root_is_the_floor_next_to_squares():
     assert out.tolist() == [math.isqrt(v) for v in values]
 
 
+#: Rises and falls by one, as GELU's does, at distances from 65 entries on.
+TABLE = torch.cat([torch.arange(32768) // 65, 504 + torch.arange(32768) // 257])
+TABLE = TABLE.sub(250).abs().sub(120).clamp(-128, 127).to(torch.int8)
+
+
 def linear_case(terms, outputs, bits=8, table=None, gain=None):
     """Constants of a linear layer that use most of the output's range."""
     gain = numbers(2**22, 2**24, outputs) * numbers(0, 2, outputs, seed=4).mul(2).sub(1) if gain is None else gain
@@ -99,11 +113,26 @@ def test_linear_with_its_rescaling(shape, terms, outputs, bits):
 
 @runs
 def test_linear_with_one_gain_and_a_table():
-    table = codes(65536, seed=5)
-    linear, affine, step = linear_case(40, 24, 16, table, torch.tensor(12_345_678, dtype=torch.int32))
+    linear, affine, step = linear_case(40, 24, 16, TABLE, torch.tensor(1_234_567, dtype=torch.int32))
+    x = codes(6, 40)
+    fine = KERNELS['affine'](KERNELS['linear'](x, **linear), **affine)
+    wanted = KERNELS['lookup'](fine, table=TABLE)
+    assert equal(on_device(step, x), wanted)
+    assert len(wanted.unique()) > 40
+
+
+@runs
+def test_linear_with_a_small_table():
+    table = codes(256, seed=5)
+    linear, affine, step = linear_case(40, 24, 8, table)
     x = codes(6, 40)
     fine = KERNELS['affine'](KERNELS['linear'](x, **linear), **affine)
     assert equal(on_device(step, x), KERNELS['lookup'](fine, table=table))
+
+
+def test_a_table_that_changes_often_is_refused():
+    with pytest.raises(ValueError, match='y: its table of 65536 entries changes too often'):
+        linear_case(40, 24, 16, codes(65536))
 
 
 @runs
@@ -125,7 +154,7 @@ def test_layernorm(channels, root_bits, bits):
     x = codes(3, 7, channels)
     x[0, 0] = norm['zero'].clamp(-128, 127)  # the smallest variance there is
     wanted = KERNELS['layernorm'](x, **norm)
-    assert equal(on_device(FusedNorm(('x',), 'y', norm), x), wanted)
+    assert equal(on_device(FusedNorm(('x',), ['y'], norm), x), wanted)
     assert len(wanted.unique()) > (10 if bits == 4 else 100)
 
 
@@ -251,7 +280,7 @@ def test_sums_that_are_read_twice_are_not_fused():
     assert [type(step) for step in steps] == [PlainKernel] * 5
     tensors = {'image': codes(3, 2, 2, 8)[:, 0]}
     for step in steps:
-        tensors[step.output] = step(*(tensors[n] for n in step.inputs))
+        tensors[step.outputs[0]] = step(*(tensors[n] for n in step.inputs))
     wanted = {op.output: t for op, t in IntegerModel(program).steps(tensors['image'])}
     assert all(equal(tensors[k], v) for k, v in wanted.items())
 
@@ -346,7 +375,7 @@ def test_kernels_compile_without_a_gpu(capability, monkeypatch, tmp_path):
     linear_case(96, 384, 16, codes(65536))[2](x)
     number = torch.ones(96, dtype=torch.int32)
     byte = number.to(torch.uint8)
-    FusedNorm(('x',), 'y', dict(
+    FusedNorm(('x',), ['y'], dict(
         zero=number, factors=byte, gain=number, offset=number.long(), shifts=byte, guard=2**40, root_bits=3,
         out_zero=number, bits=8,
     ))(x)  # fmt: skip

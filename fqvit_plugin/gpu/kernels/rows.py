@@ -1,57 +1,27 @@
-"""Kernels that walk rows of channels: LayerNorm and residual sums."""
+"""Kernels that walk rows of channels: residual sums, LayerNorm, and both at once."""
 
 import triton
 import triton.language as tl
 
-from .rules import integer_root, saturate
+from .rules import integer_quotient, integer_root, saturate, scaled
 
-__all__ = ['add_kernel', 'layernorm_kernel']
+__all__ = ['add_kernel', 'norm_kernel']
 
 
-@triton.jit(do_not_specialize=['rows', 'guard', 'left', 'right', 'numerator'])
-def layernorm_kernel(
-    x_ptr,
-    out_ptr,
-    zero_ptr,
-    factor_ptr,
-    gain_ptr,
-    offset_ptr,
-    shift_ptr,
-    out_zero_ptr,
-    rows,
-    guard,
-    left,  # the radicand is (variance << left) >> right; one of them is 0
-    right,
-    numerator,
-    CHANNELS: tl.constexpr,
-    LOW: tl.constexpr,
+@triton.jit
+def _add(
+    a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL: tl.constexpr, LOW: tl.constexpr,
     HIGH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """(rows, CHANNELS) codes to normalized codes; every parameter (CHANNELS,), the half is part of the offset."""
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_C)
-    known = channel < CHANNELS
-    inside = (row < rows)[:, None] & known[None, :]
-    at = row[:, None] * CHANNELS + channel[None, :]
-    zero = tl.load(zero_ptr + channel, mask=known, other=0)[None, :]
-    factor = tl.load(factor_ptr + channel, mask=known, other=0).to(tl.int32)[None, :]
-    u = (tl.load(x_ptr + at, mask=inside, other=0).to(tl.int32) - zero) << factor
-    u = tl.where(inside, u, 0)
-    total = tl.sum(u, 1).to(tl.int64)
-    squares = tl.sum((u * u).to(tl.int64), 1)
-    variance = squares * CHANNELS - total * total + guard
-    radicand = tl.minimum((variance << left) >> right, 4503599627370496)  # 2**52
-    root = tl.maximum(integer_root(radicand), 1)
-    reciprocal = numerator // root
-    x_hat = ((u.to(tl.int64) * CHANNELS - total[:, None]) * reciprocal[:, None] + 268435456) >> 29  # 2**28
-    gain = tl.load(gain_ptr + channel, mask=known, other=0).to(tl.int64)[None, :]
-    offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
-    shift = tl.load(shift_ptr + channel, mask=known, other=0).to(tl.int64)[None, :]
-    out_zero = tl.load(out_zero_ptr + channel, mask=known, other=0)[None, :]
-    codes = saturate((x_hat * gain + offset) >> shift, out_zero, LOW, HIGH)
-    tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
+):  # fmt: skip
+    """Codes of a residual sum; the offset holds the zero points and the half."""
+    if PER_CHANNEL:
+        gain_a = tl.load(gain_a_ptr + channel, mask=known, other=0)[None, :]
+        gain_b = tl.load(gain_b_ptr + channel, mask=known, other=0)[None, :]
+        offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
+    else:
+        gain_a, gain_b, offset = tl.load(gain_a_ptr), tl.load(gain_b_ptr), tl.load(offset_ptr)
+    total = a.to(tl.int64) * gain_a.to(tl.int64) + b.to(tl.int64) * gain_b.to(tl.int64) + offset
+    return saturate(scaled(total, shift, True), LOW, HIGH)
 
 
 @triton.jit(do_not_specialize=['rows', 'b_rows', 'shift'])
@@ -62,7 +32,6 @@ def add_kernel(
     gain_a_ptr,
     gain_b_ptr,
     offset_ptr,
-    zero_ptr,
     rows,
     b_rows,  # b repeats after so many
     shift,
@@ -73,21 +42,111 @@ def add_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The sum of (rows, CHANNELS) and (b_rows, CHANNELS) codes; the offset holds both zero points and the half."""
+    """The sum of (rows, CHANNELS) and (b_rows, CHANNELS) codes."""
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     known = channel < CHANNELS
     inside = (row < rows)[:, None] & known[None, :]
-    if PER_CHANNEL:
-        gain_a = tl.load(gain_a_ptr + channel, mask=known, other=0)[None, :].to(tl.int64)
-        gain_b = tl.load(gain_b_ptr + channel, mask=known, other=0)[None, :].to(tl.int64)
-        offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
-        zero = tl.load(zero_ptr + channel, mask=known, other=0)[None, :]
-    else:
-        gain_a, gain_b = tl.load(gain_a_ptr).to(tl.int64), tl.load(gain_b_ptr).to(tl.int64)
-        offset, zero = tl.load(offset_ptr), tl.load(zero_ptr)
     at = row[:, None] * CHANNELS + channel[None, :]
-    a = tl.load(a_ptr + at, mask=inside, other=0).to(tl.int64)
-    b = tl.load(b_ptr + (row % b_rows)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0).to(tl.int64)
-    codes = saturate((a * gain_a + b * gain_b + offset) >> shift, zero, LOW, HIGH)
+    a = tl.load(a_ptr + at, mask=inside, other=0)
+    b = tl.load(b_ptr + (row % b_rows)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
+    codes = _add(a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL, LOW, HIGH)
+    tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normalize(
+    codes, inside, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Codes of rows of codes, normalized."""
+    # two small numbers in one: the power of two of the channel's step, and the shift of its result
+    shifts = tl.load(shifts_ptr + channel, mask=known, other=0).to(tl.int32)[None, :]
+    zero = tl.load(zero_ptr + channel, mask=known, other=0)[None, :]
+    u = tl.where(inside, (codes - zero) << (shifts & 15), 0)
+    total = tl.sum(u, 1)  # below 2**24 for 4096 channels
+    squares = tl.sum((u * u).to(tl.int64), 1)
+    variance = squares * CHANNELS - total.to(tl.int64) * total.to(tl.int64) + guard
+    root = integer_root(tl.minimum((variance << left) >> right, 4503599627370496))  # 2**52
+    reciprocal = integer_quotient(numerator, tl.maximum(root, 1))
+    distance = u * CHANNELS - total[:, None]  # below 2**25
+    x_hat = (distance.to(tl.int64) * reciprocal[:, None] + 268435456) >> 29  # 2**28; 16 fractional bits: below 2**24
+    gain = tl.load(gain_ptr + channel, mask=known, other=0)[None, :]
+    offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
+    steps = x_hat.to(tl.int32).to(tl.int64) * gain.to(tl.int64) + offset
+    return saturate(scaled(steps, shifts >> 4, WIDE), LOW, HIGH)
+
+
+@triton.jit(
+    do_not_specialize=['rows', 'shift', 'size', 'source_size', 'guard', 'left', 'right', 'numerator']
+)
+def norm_kernel(
+    a_ptr,
+    b_ptr,
+    sum_ptr,
+    out_ptr,
+    source_ptr,
+    target_ptr,
+    gain_a_ptr,
+    gain_b_ptr,
+    add_offset_ptr,
+    zero_ptr,
+    gain_ptr,
+    offset_ptr,
+    shifts_ptr,
+    rows,
+    shift,
+    size,  # rows of an image
+    source_size,  # of an image: elements or rows of a
+    guard,
+    left,  # the radicand is (variance << left) >> right; one of them is 0
+    right,
+    numerator,
+    ADD: tl.constexpr,  # 0: a alone is normalized; 1: a + b, with one gain each; 2: with a gain for each channel
+    SOURCE: tl.constexpr,  # 0: a lies as it is; 1: its rows lie elsewhere; 2: its elements do
+    TARGET: tl.constexpr,  # whether normalized rows go elsewhere
+    WIDE: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ADD_LOW: tl.constexpr,
+    ADD_HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Rows of codes, or of the sum of two tensors of codes, which is stored, and their LayerNorm.
+
+    source: (size,) int32, row of an image of ``a`` -- (size, CHANNELS) with ``SOURCE`` 2, its element.
+    target: (size,) int32, the row where a normalized row goes. zero: (CHANNELS,) int32, of what is normalized.
+    gain, offset, shifts: (CHANNELS,) int32, int64, int16; the offset holds zero point and half, ``shifts`` is
+    ``shift * 16 + factor``.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.arange(0, BLOCK_C)
+    known, stored = channel < CHANNELS, row < rows
+    inside = stored[:, None] & known[None, :]
+    image, place = (row // size).to(tl.int64), row % size
+    at = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    if SOURCE == 0:
+        from_at = at
+    elif SOURCE == 1:
+        source = tl.load(source_ptr + place, mask=stored, other=0)
+        from_at = (image * source_size + source)[:, None] * CHANNELS + channel[None, :]
+    else:
+        source = tl.load(source_ptr + place[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
+        from_at = image[:, None] * source_size + source
+    codes = tl.load(a_ptr + from_at, mask=inside, other=0).to(tl.int32)
+    if ADD:
+        b = tl.load(b_ptr + at, mask=inside, other=0)
+        codes = _add(
+            codes, b, gain_a_ptr, gain_b_ptr, add_offset_ptr, shift, channel, known, ADD == 2, ADD_LOW, ADD_HIGH
+        )
+        tl.store(sum_ptr + at, codes.to(sum_ptr.dtype.element_ty), mask=inside)
+    codes = _normalize(
+        codes, inside, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator, CHANNELS,
+        LOW, HIGH, WIDE,
+    )  # fmt: skip
+    if TARGET:
+        target = tl.load(target_ptr + place, mask=stored, other=0)
+        at = (image * size + target)[:, None] * CHANNELS + channel[None, :]
     tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
