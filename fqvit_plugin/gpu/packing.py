@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ['ExponentLine', 'Rescaling', 'exponent_line', 'pack_table', 'rescaling', 'unpack_table']
+__all__ = ['ExponentLine', 'Rescaling', 'exponent_line', 'halves', 'pack_table', 'rescaling', 'unpack_table']
 
 #: Bits of an index that tell apart the entries of a bin of a packed table.
 BIN = 6
@@ -39,27 +39,36 @@ def rescaling(gain: Tensor, offset: Tensor, shift: Tensor) -> Rescaling:
     return Rescaling(gain.to(torch.int32), offset, shift.to(torch.int32), wide)
 
 
+def halves(numbers: Tensor) -> Tensor:
+    """(2, …) int32: the upper and the lower halves of int64 numbers."""
+    return torch.stack([numbers >> 32, ((numbers & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000]).to(torch.int32)
+
+
 def pack_table(table: Tensor) -> Tensor | None:
     """A table of int8 codes that seldom changes, by bins of ``2**BIN`` entries; None if a bin holds two changes.
 
-    An int16 entry holds a bin's first code (8 bits), whether the code falls at its change (bit 7) and where it changes
-    (7 bits; ``2**BIN``: nowhere). GELU's table, 65,536 entries, becomes one of 1,024.
+    An int32 entry becomes the code in its second byte when the index within the bin is added to it: it holds the lower
+    of a bin's codes there, and below it what carries from the change on. Where the code falls, the index is mirrored
+    first, by the fourth byte. GELU's table, 65,536 entries, becomes one of 1,024.
     """
-    if len(table) % 2**BIN:
+    size = 2**BIN
+    if len(table) % size:
         return None
-    bins = table.to(torch.int32).view(-1, 2**BIN)
+    bins = table.to(torch.int32).view(-1, size)
     steps = bins.diff(dim=1)
     if int((steps != 0).sum(1).max()) > 1 or int(steps.abs().max()) > 1:
         return None
-    where = torch.where((steps != 0).any(1), (steps != 0).int().argmax(1) + 1, 2**BIN)
-    return (bins[:, 0] * 256 + (steps.sum(1) < 0) * 128 + where).to(torch.int16)
+    falls = steps.sum(1) < 0
+    lower = bins.amin(1)
+    high = (bins > lower[:, None]).sum(1)  # entries with the higher code: the last ones, or once mirrored
+    return (((lower & 255) << 8) + (256 - size + high) + (falls.int() * (size - 1) << 24)).to(torch.int32)
 
 
 def unpack_table(packed: Tensor) -> Tensor:
     """What :func:`pack_table` was given."""
-    entries = packed.to(torch.int32)[:, None]
-    behind = torch.arange(2**BIN)[None, :] >= entries % 128
-    return ((entries >> 8) + behind * (1 - 2 * ((entries >> 7) & 1))).flatten().to(torch.int8)
+    size = 2**BIN
+    index = torch.arange(size)[None, :] ^ (packed[:, None] >> 24)
+    return ((packed[:, None] + index) >> 8 & 255).flatten().to(torch.uint8).view(torch.int8)
 
 
 class ExponentLine(NamedTuple):
@@ -68,6 +77,11 @@ class ExponentLine(NamedTuple):
     slope: int
     shift: int
     last: int
+
+    @property
+    def end(self) -> int:
+        """A distance that stands for zero."""
+        return (17 << self.shift) // self.slope + 1
 
 
 def exponent_line(exponents: Tensor) -> ExponentLine | None:
@@ -84,10 +98,11 @@ def exponent_line(exponents: Tensor) -> ExponentLine | None:
         highest = float(above[exponents[1:] >= 0].min()) if bool((exponents[1:] >= 0).any()) else lowest * 2
         factor = (lowest + highest) / 2
         shift = 1
-        while shift < 30 and factor * 2 ** (shift + 1) * len(exponents) < 2**30:
+        # 32 bits hold the product with a distance that ends the line and three times the table besides
+        while shift < 25 and factor * 2 ** (shift + 1) * len(exponents) * 4 < 2**30:
             shift += 1
         line = ExponentLine(round(factor * 2**shift), shift, last)
-        if factor > 0 and torch.equal(_exponents(line, distance), exponents):
+        if line.slope > 0 and torch.equal(_exponents(line, distance), exponents):
             return line
     return None
 

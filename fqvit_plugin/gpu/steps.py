@@ -22,7 +22,7 @@ from .kernels.attention import attention_kernel
 from .kernels.gemm import linear_kernel
 from .kernels.image import patches_kernel
 from .kernels.rows import add_kernel, norm_kernel
-from .packing import BIN, exponent_line, pack_table, rescaling
+from .packing import BIN, exponent_line, halves, pack_table, rescaling
 from .support import interpreted
 
 __all__ = ['Attention', 'FusedLinear', 'FusedNorm', 'ImagePatches', 'PlainKernel', 'ResidualAdd', 'RowMap', 'Step']
@@ -143,7 +143,7 @@ class FusedLinear(Step):
         if table is not None and len(table) > 256 and packed is None:
             raise ValueError(f'{output}: its table of {len(table)} entries changes too often to be packed')
         # a kernel's argument has to be a tensor, also where it is not read
-        self.hold(table=torch.zeros(1, dtype=torch.int8) if table is None else table if packed is None else packed)
+        self.hold(table=torch.zeros(1, dtype=torch.int32) if table is None else table.int() if packed is None else packed)
         self.dtype = _dtype(bits) if table is None else torch.int8
         self.shift = int(rule.shift)
         self.options = dict(
@@ -214,11 +214,10 @@ class FusedNorm(Step):
         shifts = norm['shifts'].long()
         offset = norm['offset'].long() + (torch.ones_like(shifts) << (shifts - 1))
         rule = rescaling(norm['gain'].expand(self.channels), offset + (norm['out_zero'].long() << shifts), shifts)
-        factors = norm['factors'].to(torch.int16)
         nothing = torch.zeros(1, dtype=torch.int32)
         self.hold(
-            zero=norm['zero'].expand(self.channels), gain=rule.gain, offset=rule.offset,
-            shifts=rule.shift.to(torch.int16) * 16 + factors, source=nothing if source is None else source.index,
+            zero=norm['zero'].expand(self.channels), gain=rule.gain, offset=halves(rule.offset),
+            shifts=rule.shift * 16 + norm['factors'].to(torch.int32), source=nothing if source is None else source.index,
             target=nothing if target is None else target.to(torch.int32),
         )  # fmt: skip
         root_bits = norm['root_bits']
@@ -270,7 +269,7 @@ def _hold_sum(step: Step, add: Mapping[str, Any], offset_name: str) -> tuple[int
     # the gains in int64: torch multiplies () int64 by (C,) int32 in int32
     offset = (zero << shift) + (1 << (shift - 1)) - add['zero_a'] * gain_a.long() - add['zero_b'] * gain_b.long()
     gain_a, gain_b, offset = torch.broadcast_tensors(gain_a, gain_b, offset)
-    step.hold(gain_a=gain_a, gain_b=gain_b, **{offset_name: offset})
+    step.hold(gain_a=gain_a, gain_b=gain_b, **{offset_name: halves(offset)})
     return shift, add['bits'], gain_a.numel() > 1
 
 
@@ -324,7 +323,8 @@ class Attention(Step):
     """
 
     numbers: Tensor
-    powers: Tensor
+    offsets: Tensor
+    octaves: Tensor
     bias: Tensor
     mask: Tensor
 
@@ -338,18 +338,22 @@ class Attention(Step):
         mask = attend.get('mask')
         scores, wide = _scores(affine)
         shift = attend['shift'] + MEAN_BITS
-        mean = (attend['gain'], (1 << (shift - 1)) + (attend['out_zero'] << shift), shift)
+        mean, mean_wide = _rescaling(attend['gain'], (1 << (shift - 1)) + (attend['out_zero'] << shift), shift)
         zeros = (matmul['zero_a'], matmul['zero_b'], attend['zero'])
-        numbers = [*scores, *_sum(add), *((0, 1) if line is None else line[:2]), *mean, *zeros]
+        (gain_a, gain_b, sum_offset, sum_shift), (slope, line_shift) = _sum(add), (0, 1) if line is None else line[:2]
+        numbers = [scores[0], scores[2], gain_a, gain_b, sum_shift, slope, line_shift, mean[0], mean[2], *zeros]
+        # further from every maximum than the line's end
+        numbers.append(-16384 if line is None else -256 - line.end)
         self.hold(
-            numbers=torch.tensor(numbers, dtype=torch.int64),
-            powers=torch.where(exponents < 0, 0, torch.ones_like(exponents) << exponents.clamp_min(0)),
+            numbers=torch.tensor(numbers, dtype=torch.int32),
+            offsets=torch.tensor([scores[1], sum_offset, mean[1]], dtype=torch.int64),
+            octaves=torch.where(exponents < 0, 16, 15 - exponents),
             bias=_pitched(bias), mask=_pitched(mask),
         )  # fmt: skip
         self.bits = attend['bits']
         self.options = dict(
             DISTANCES=len(exponents), LAST=0 if line is None else line.last, BIAS=bias is not None,
-            MASK=mask is not None, WIDE=wide, **_limits(affine['bits'], 'SCORE_'),
+            MASK=mask is not None, WIDE=wide, MEAN_WIDE=mean_wide, **_limits(affine['bits'], 'SCORE_'),
             **_limits((affine if add is None else add)['bits'], 'LOGIT_'), **_limits(self.bits),
         )  # fmt: skip
 
@@ -363,8 +367,8 @@ class Attention(Step):
             return batch * heads, triton.cdiv(tokens, meta['BLOCK_Q'])
 
         attention_kernel[grid](
-            q, k, v, out, self.powers, self.bias, self.mask, self.numbers, *q.stride(), *k.stride(), *v.stride(),
-            *out.stride(), self.mask.shape[0], heads, N=tokens, D=dims, PITCH=_up(tokens, 16), MEAN_WIDE=tokens > 256,
+            q, k, v, out, self.octaves, self.bias, self.mask, self.numbers, self.offsets, *q.stride(), *k.stride(), *v.stride(),
+            *out.stride(), self.mask.shape[0], heads, N=tokens, D=dims, PITCH=_up(tokens, 16), LONG=tokens > 256,
             BLOCK_D=max(32, triton.next_power_of_2(dims)), **self.options,
         )  # fmt: skip
         return out
@@ -379,8 +383,12 @@ def _pitched(matrices: Tensor | None) -> Tensor:
 
 def _scores(affine: Mapping[str, Any]) -> tuple[tuple[int, int, int], bool]:
     shift = affine['shift']
-    offset = (affine['offset'].long() << affine['offset_shift']) + (1 << (shift - 1)) + (affine['zero'].long() << shift)
-    rule = rescaling(affine['gain'].reshape(()), offset.reshape(()), torch.tensor(shift))
+    offset = (int(affine['offset']) << affine['offset_shift']) + (1 << (shift - 1)) + (int(affine['zero']) << shift)
+    return _rescaling(int(affine['gain']), offset, shift)
+
+
+def _rescaling(gain: int, offset: int, shift: int) -> tuple[tuple[int, int, int], bool]:
+    rule = rescaling(*(torch.tensor(number, dtype=torch.int64) for number in (gain, offset, shift)))
     return (int(rule.gain), int(rule.offset), int(rule.shift)), rule.wide
 
 

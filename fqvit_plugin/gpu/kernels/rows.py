@@ -3,25 +3,37 @@
 import triton
 import triton.language as tl
 
-from .rules import integer_quotient, integer_root, saturate, scaled
+from .rules import integer_quotient, integer_root, requantize, weighted_sum
 
 __all__ = ['add_kernel', 'norm_kernel']
 
 
 @triton.jit
+def _channels(ptr, channel, known):
+    """A row of int32 constants, one for each channel."""
+    return tl.load(ptr + channel, mask=known, other=0)[None, :]
+
+
+@triton.jit
+def _wide(ptr, channel, known, CHANNELS: tl.constexpr):
+    """A row of int64 constants; their lower halves lie behind the upper ones, so that threads get what they need."""
+    lower = _channels(ptr + CHANNELS, channel, known).to(tl.uint32, bitcast=True).to(tl.int64)
+    return (_channels(ptr, channel, known).to(tl.int64) << 32) | lower
+
+
+@triton.jit
 def _add(
-    a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL: tl.constexpr, LOW: tl.constexpr,
-    HIGH: tl.constexpr,
+    a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
     """Codes of a residual sum; the offset holds the zero points and the half."""
     if PER_CHANNEL:
-        gain_a = tl.load(gain_a_ptr + channel, mask=known, other=0)[None, :]
-        gain_b = tl.load(gain_b_ptr + channel, mask=known, other=0)[None, :]
-        offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
+        gain_a, gain_b = _channels(gain_a_ptr, channel, known), _channels(gain_b_ptr, channel, known)
+        offset = _wide(offset_ptr, channel, known, CHANNELS)
     else:
-        gain_a, gain_b, offset = tl.load(gain_a_ptr), tl.load(gain_b_ptr), tl.load(offset_ptr)
-    total = a.to(tl.int64) * gain_a.to(tl.int64) + b.to(tl.int64) * gain_b.to(tl.int64) + offset
-    return saturate(scaled(total, shift, True), LOW, HIGH)
+        gain_a, gain_b = tl.load(gain_a_ptr), tl.load(gain_b_ptr)
+        offset = (tl.load(offset_ptr).to(tl.int64) << 32) | tl.load(offset_ptr + 1).to(tl.uint32, bitcast=True).to(tl.int64)
+    return weighted_sum(a.to(tl.int32), b.to(tl.int32), gain_a, gain_b, offset, shift, LOW, HIGH)
 
 
 @triton.jit(do_not_specialize=['rows', 'b_rows', 'shift'])
@@ -44,37 +56,39 @@ def add_kernel(
 ):
     """The sum of (rows, CHANNELS) and (b_rows, CHANNELS) codes."""
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # by fours, as constants are loaded: codes then lie with the threads that hold their channels' constants
+    channel = tl.program_id(1) * BLOCK_C + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)
     known = channel < CHANNELS
     inside = (row < rows)[:, None] & known[None, :]
     at = row[:, None] * CHANNELS + channel[None, :]
     a = tl.load(a_ptr + at, mask=inside, other=0)
     b = tl.load(b_ptr + (row % b_rows)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
-    codes = _add(a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL, LOW, HIGH)
+    codes = _add(a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL, CHANNELS, LOW, HIGH)
     tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _normalize(
-    codes, inside, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator,
+    codes, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator,
     CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Codes of rows of codes, normalized."""
     # two small numbers in one: the power of two of the channel's step, and the shift of its result
-    shifts = tl.load(shifts_ptr + channel, mask=known, other=0).to(tl.int32)[None, :]
-    zero = tl.load(zero_ptr + channel, mask=known, other=0)[None, :]
-    u = tl.where(inside, (codes - zero) << (shifts & 15), 0)
+    shifts = _channels(shifts_ptr, channel, known)
+    # beyond the last channel there are zeros only
+    u = (codes - _channels(zero_ptr, channel, known)) << (shifts & 15)
     total = tl.sum(u, 1)  # below 2**24 for 4096 channels
-    squares = tl.sum((u * u).to(tl.int64), 1)
+    if CHANNELS < 1024:  # |u| <= 2**11
+        squares = tl.sum((u * u).to(tl.uint32, bitcast=True), 1).to(tl.int64)
+    else:
+        squares = tl.sum((u * u).to(tl.int64), 1)
     variance = squares * CHANNELS - total.to(tl.int64) * total.to(tl.int64) + guard
     root = integer_root(tl.minimum((variance << left) >> right, 4503599627370496))  # 2**52
     reciprocal = integer_quotient(numerator, tl.maximum(root, 1))
     distance = u * CHANNELS - total[:, None]  # below 2**25
     x_hat = (distance.to(tl.int64) * reciprocal[:, None] + 268435456) >> 29  # 2**28; 16 fractional bits: below 2**24
-    gain = tl.load(gain_ptr + channel, mask=known, other=0)[None, :]
-    offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
-    steps = x_hat.to(tl.int32).to(tl.int64) * gain.to(tl.int64) + offset
-    return saturate(scaled(steps, shifts >> 4, WIDE), LOW, HIGH)
+    gain, offset = _channels(gain_ptr, channel, known), _wide(offset_ptr, channel, known, CHANNELS)
+    return requantize(x_hat.to(tl.int32), gain, offset, shifts >> 4, LOW, HIGH, WIDE)
 
 
 @triton.jit(
@@ -118,11 +132,11 @@ def norm_kernel(
 
     source: (size,) int32, row of an image of ``a`` -- (size, CHANNELS) with ``SOURCE`` 2, its element.
     target: (size,) int32, the row where a normalized row goes. zero: (CHANNELS,) int32, of what is normalized.
-    gain, offset, shifts: (CHANNELS,) int32, int64, int16; the offset holds zero point and half, ``shifts`` is
-    ``shift * 16 + factor``.
+    gain, shifts: (CHANNELS,) int32; ``shifts`` is ``shift * 16 + factor``. offset: (2, CHANNELS) int32, the upper and the
+    lower halves of int64 numbers, which hold zero point and half; likewise that of the sum.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    channel = tl.arange(0, BLOCK_C)
+    channel = tl.max_contiguous(tl.arange(0, BLOCK_C), 4)  # as above
     known, stored = channel < CHANNELS, row < rows
     inside = stored[:, None] & known[None, :]
     image, place = (row // size).to(tl.int64), row % size
@@ -139,11 +153,12 @@ def norm_kernel(
     if ADD:
         b = tl.load(b_ptr + at, mask=inside, other=0)
         codes = _add(
-            codes, b, gain_a_ptr, gain_b_ptr, add_offset_ptr, shift, channel, known, ADD == 2, ADD_LOW, ADD_HIGH
-        )
+            codes, b, gain_a_ptr, gain_b_ptr, add_offset_ptr, shift, channel, known, ADD == 2, CHANNELS,
+            ADD_LOW, ADD_HIGH,
+        )  # fmt: skip
         tl.store(sum_ptr + at, codes.to(sum_ptr.dtype.element_ty), mask=inside)
     codes = _normalize(
-        codes, inside, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator, CHANNELS,
+        codes, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator, CHANNELS,
         LOW, HIGH, WIDE,
     )  # fmt: skip
     if TARGET:

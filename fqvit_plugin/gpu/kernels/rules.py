@@ -1,9 +1,15 @@
 """The arithmetic that the kernels share; :mod:`fqvit_plugin.integer.kernels` holds its definition."""
 
+import os
+
 import triton
 import triton.language as tl
 
-__all__ = ['integer_quotient', 'integer_root', 'look_up', 'requantize', 'saturate', 'scaled']
+__all__ = ['integer_quotient', 'integer_root', 'look_up', 'requantize', 'saturate', 'weighted_sum']
+
+#: Whether instructions are named, which the interpreter cannot run. LLVM joins neighbouring 64-bit operations to vectors
+#: and no longer sees that their factors have 32 bits: each product then takes four instructions instead of one.
+_ASSEMBLY = tl.constexpr(os.environ.get('TRITON_INTERPRET') != '1')
 
 
 @triton.jit
@@ -13,36 +19,55 @@ def saturate(steps, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def scaled(total, shift, WIDE: tl.constexpr):
-    """``total >> shift`` of int64, or, unless ``WIDE``, ``total >> (32 + shift)``: one shift of its high half."""
-    if WIDE:
-        result = total >> shift
+def _high_steps(x, gain, offset, shift):
+    """``(x gain + offset) >> (32 + shift)`` of int32, int32, int64 and int32."""
+    if _ASSEMBLY:
+        steps = tl.inline_asm_elementwise(
+            '{ .reg .b64 t; .reg .b32 l, h; mad.wide.s32 t, $1, $2, $3; mov.b64 {l, h}, t; shr.s32 $0, h, $4; }',
+            '=r,r,r,l,r', [x, gain, offset, shift], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
     else:
-        result = (total >> 32).to(tl.int32) >> shift
-    return result
+        steps = ((x.to(tl.int64) * gain.to(tl.int64) + offset) >> 32).to(tl.int32) >> shift
+    return steps
 
 
 @triton.jit
 def requantize(x, gain, offset, shift, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
-    """``(x gain + offset) >> shift``, saturated; the half that rounds and the zero point are part of ``offset``.
+    """``(x gain + offset) >> shift``, or ``>> (32 + shift)`` unless ``WIDE``, saturated.
 
-    With ``x`` and ``gain`` in int32 it is one wide multiply-add.
+    The half that rounds and the zero point are part of ``offset``.
     """
-    return saturate(scaled(x.to(tl.int64) * gain.to(tl.int64) + offset, shift, WIDE), LOW, HIGH)
+    if WIDE:
+        steps = (x.to(tl.int64) * gain.to(tl.int64) + offset) >> shift
+    else:
+        steps = _high_steps(x, gain, offset, shift)
+    return saturate(steps, LOW, HIGH)
+
+
+@triton.jit
+def weighted_sum(a, b, gain_a, gain_b, offset, shift, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """``(a gain_a + b gain_b + offset) >> shift`` of int32 codes and gains, saturated; the result fits 32 bits."""
+    if _ASSEMBLY:
+        steps = tl.inline_asm_elementwise(
+            '{ .reg .b64 t; mad.wide.s32 t, $1, $3, $5; mad.wide.s32 t, $2, $4, t; shr.s64 t, t, $6; cvt.u32.u64 $0, t; }',
+            '=r,r,r,r,r,l,r', [a, b, gain_a, gain_b, offset, shift], dtype=tl.int32, is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        total = a.to(tl.int64) * gain_a.to(tl.int64) + b.to(tl.int64) * gain_b.to(tl.int64) + offset
+        steps = (total >> shift).to(tl.int32)
+    return saturate(steps, LOW, HIGH)
 
 
 @triton.jit
 def look_up(table, index, BIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Entries of a table of (ROWS, COLUMNS) indices; with ``BIN`` bits a bin, of a packed one.
+    """Entries of a table of int32 at (ROWS, COLUMNS) indices; with ``BIN`` bits a bin, of a packed one.
 
     The table goes into shared memory, where the look-ups meet no more than a few bank conflicts.
     """
     flat = tl.reshape(index, (ROWS * COLUMNS,))
-    entry = tl.reshape(tl.gather(table, flat >> BIN, 0), (ROWS, COLUMNS)).to(tl.int32)
-    if BIN > 0:
-        # before the step; where it is; its direction
-        behind = (index & ((1 << BIN) - 1)) >= (entry & 127)
-        entry = (entry >> 8) + tl.where(behind, 1 - ((entry >> 6) & 2), 0)
+    entry = tl.reshape(tl.gather(table, flat >> BIN, 0), (ROWS, COLUMNS))
+    if BIN > 0:  # the index within the bin, or its mirror image, carries into the code
+        entry = (entry + ((index ^ (entry >> 24)) & ((1 << BIN) - 1))) >> 8
     return entry
 
 
