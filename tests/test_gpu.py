@@ -70,6 +70,12 @@ def root_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):  # noqa: N803
     tl.store(out_ptr + at, integer_root(tl.load(x_ptr + at)))
 
 
+@triton.jit
+def quotient_kernel(a, b_ptr, out_ptr, SIZE: tl.constexpr):  # noqa: N803
+    at = tl.arange(0, SIZE)
+    tl.store(out_ptr + at, integer_quotient(a, tl.load(b_ptr + at)))
+
+
 @runs
 def test_root_is_the_floor_next_to_squares():
     near = [k * k + d for k in (1, 2, 3, 1000, 2**20 - 1, 2**25, 2**26 - 1) for d in (-1, 0, 1)]
@@ -79,6 +85,18 @@ def test_root_is_the_floor_next_to_squares():
     out = torch.empty_like(x)
     root_kernel[(1,)](x, out, SIZE=1024)
     assert out.tolist() == [math.isqrt(v) for v in values]
+
+
+@runs
+@pytest.mark.parametrize('bits', [32, 44, 53, 57])
+def test_quotients_of_powers_of_two_are_floors(bits):
+    near = [2**k + d for k in range(1, 30) for d in (-1, 0, 1)]
+    values = [1, 2**31 - 1, *near, *(2**bits // q for q in (3 * 2 ** (bits - 30), 5 * 2 ** (bits - 28)))]
+    values += torch.randint(1, 2**27, (1024 - len(values),), generator=torch.Generator().manual_seed(0)).tolist()
+    b = torch.tensor(values, dtype=torch.int32, device=DEVICE)
+    out = torch.empty(1024, dtype=torch.int64, device=DEVICE)
+    quotient_kernel[(1,)](2**bits, b, out, SIZE=1024)
+    assert out.tolist() == [2**bits // v for v in values]
 
 
 #: Rises and falls by one, as GELU's does, at distances from 65 entries on.

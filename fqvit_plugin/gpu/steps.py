@@ -258,9 +258,9 @@ class FusedNorm(Step):
 
 
 def _row_blocks(channels: int) -> tuple[int, int, int]:
-    """Rows and channels of a program, and its warps: rows of many channels have a warp or two for themselves."""
+    """Rows and channels of a program, and its warps: as few as hold a row, for each of them computes its root."""
     block = triton.next_power_of_2(channels)
-    return (1, block, max(1, block // 1024)) if block >= 512 else (2048 // block, block, 4)
+    return (max(1, 1024 // block), block, max(1, block // 1024)) if block >= 256 else (2048 // block, block, 4)
 
 
 def _hold_sum(step: Step, add: Mapping[str, Any], offset_name: str) -> tuple[int, int, bool]:

@@ -26,14 +26,11 @@ def _config(m, n, k, part, warps, stages):
 
 _CONFIGS = [
     _config(128, 256, 128, 64, 8, 3),
-    _config(128, 128, 128, 64, 4, 3),
     _config(128, 128, 128, 64, 8, 3),
-    _config(64, 256, 128, 64, 4, 2),
+    _config(128, 128, 128, 64, 4, 3),
     _config(128, 64, 128, 64, 4, 3),
     _config(64, 128, 128, 64, 4, 3),
     _config(64, 64, 128, 64, 4, 3),
-    _config(128, 128, 64, 64, 4, 3),
-    _config(128, 32, 128, 32, 4, 3),
 ]
 if os.environ.get('TRITON_INTERPRET') == '1':  # which cannot time anything
     _CONFIGS = [_config(64, 128, 64, 32, 4, 1)]
