@@ -116,6 +116,7 @@ ORDER = [
     'gpu.kernels.image',
     'gpu.kernels.rows',
     'gpu.kernels.attention',
+    'gpu.base',
     'gpu.packing',
     'gpu.steps',
     'gpu.planner',

@@ -13,7 +13,7 @@ from ..integer.program import IntegerModel
 from .support import interpreted, require
 
 if TYPE_CHECKING:
-    from .steps import Step
+    from .base import Step
 
 __all__ = ['GpuModel']
 

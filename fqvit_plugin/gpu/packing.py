@@ -47,9 +47,9 @@ def halves(numbers: Tensor) -> Tensor:
 def pack_table(table: Tensor) -> Tensor | None:
     """A table of int8 codes that seldom changes, by bins of ``2**BIN`` entries; None if a bin holds two changes.
 
-    An int32 entry becomes the code in its second byte when the index within the bin is added to it: it holds the lower
-    of a bin's codes there, and below it what carries from the change on. Where the code falls, the index is mirrored
-    first, by the fourth byte. GELU's table, 65,536 entries, becomes one of 1,024.
+    An int32 entry becomes the code in its second byte when the index within the bin is added to it: it holds the
+    lower of a bin's codes there, and below it what carries from the change on. Where the code falls, the index is
+    mirrored first, by the fourth byte. GELU's table, 65,536 entries, becomes one of 1,024.
     """
     size = 2**BIN
     if len(table) % size:
@@ -93,7 +93,7 @@ def exponent_line(exponents: Tensor) -> ExponentLine | None:
     distance = torch.arange(len(exponents))
     for last in range(16, 0, -1):
         octaves = torch.where(exponents < 0, last, 15 - exponents).double()[1:]
-        lowest = float(((octaves - 0.5) / distance[1:]).max())
+        lowest = max(0.0, float(((octaves - 0.5) / distance[1:]).max()))
         above = (octaves + 0.5) / distance[1:]
         highest = float(above[exponents[1:] >= 0].min()) if bool((exponents[1:] >= 0).any()) else lowest * 2
         factor = (lowest + highest) / 2

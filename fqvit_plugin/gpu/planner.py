@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..integer.program import Op, Program
 from ..native.layout import LAYOUT, Shape, View, shape_after, view_through
+from .base import PlainKernel, Step
 from .packing import pack_table
-from .steps import Attention, FusedLinear, FusedNorm, ImagePatches, PlainKernel, ResidualAdd, RowMap, Step
+from .steps import Attention, FusedLinear, FusedNorm, ImagePatches, ResidualAdd, RowMap
 
 __all__ = ['plan']
 
@@ -23,9 +24,9 @@ _Found = tuple[list[Op], Step]
 def plan(program: Program) -> list[Step]:
     """The steps of ``program``, in order.
 
-    Fused, where nothing else reads what stands between: quantize + patches; linear + affine [+ lookup]; matmul + affine
-    [+ add] + attend; [layouts of a + add a, b +] layernorm [+ layouts that move whole rows]. Other residual sums have a
-    kernel too; everything else runs as in the integer model.
+    Fused, where nothing else reads what stands between: quantize + patches; linear + affine [+ lookup]; matmul +
+    affine [+ add] + attend; [layouts of a + add a, b +] layernorm [+ layouts that move whole rows]. Other residual
+    sums have a kernel too; everything else runs as in the integer model.
     """
     return list(_Planner(program).steps())
 

@@ -6,18 +6,17 @@ depend on the input: bias, zero points, and the half that makes a shift round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
-from torch import Tensor, nn
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dyadic import MEAN_BITS
-from ..integer.kernels import KERNELS
-from ..integer.program import Op
+from .base import Step, code_dtype, limits, up_to
 from .kernels.attention import attention_kernel
 from .kernels.gemm import linear_kernel
 from .kernels.image import patches_kernel
@@ -25,53 +24,7 @@ from .kernels.rows import add_kernel, norm_kernel
 from .packing import BIN, exponent_line, halves, pack_table, rescaling
 from .support import interpreted
 
-__all__ = ['Attention', 'FusedLinear', 'FusedNorm', 'ImagePatches', 'PlainKernel', 'ResidualAdd', 'RowMap', 'Step']
-
-
-class Step(nn.Module):
-    """Some operations of a program as one.
-
-    Args:
-        inputs: tensors, by name.
-        outputs: names of the results; a step with several gives a tuple.
-    """
-
-    def __init__(self, inputs: tuple[str, ...], *outputs: str) -> None:
-        super().__init__()
-        self.inputs, self.outputs = inputs, outputs
-
-    def hold(self, **tensors: Tensor) -> None:
-        """Register constants, which move with the module but are no part of a checkpoint."""
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.contiguous(), persistent=False)
-
-
-class PlainKernel(Step):
-    """One operation by the integer model's own kernel."""
-
-    def __init__(self, op: Op, constants: Mapping[str, Tensor]) -> None:
-        super().__init__(op.inputs, op.output)
-        self.kernel: Callable[..., Tensor] = KERNELS[op.kind]
-        self.settings = dict(op.settings)
-        self.names = {f'constant_{name}': name for name in op.constants}
-        self.hold(**{held: constants[op.constants[name]] for held, name in self.names.items()})
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The operation's result."""
-        constants = {name: getattr(self, held) for held, name in self.names.items()}
-        return self.kernel(*tensors, **constants, **self.settings)
-
-
-def _limits(bits: int, prefix: str = '') -> dict[str, int]:
-    return {f'{prefix}LOW': -(2 ** (bits - 1)), f'{prefix}HIGH': 2 ** (bits - 1) - 1}
-
-
-def _dtype(bits: int) -> torch.dtype:
-    return torch.int8 if bits <= 8 else torch.int16
-
-
-def _up(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+__all__ = ['Attention', 'FusedLinear', 'FusedNorm', 'ImagePatches', 'ResidualAdd', 'RowMap']
 
 
 class ImagePatches(Step):
@@ -102,7 +55,7 @@ class ImagePatches(Step):
         patches_kernel[(triton.cdiv(rows, block_r), triton.cdiv(terms, block_c))](
             image, out, self.scale, rows, self.zero, self.value, DOWN=down, ACROSS=across, CHANNELS=channels,
             HEIGHT=height, WIDTH=width, KERNEL_Y=kernel_y, KERNEL_X=kernel_x, STRIDE_Y=stride_y, STRIDE_X=stride_x,
-            TOP=top, LEFT=left, BLOCK_R=block_r, BLOCK_C=block_c, **_limits(self.bits),
+            TOP=top, LEFT=left, BLOCK_R=block_r, BLOCK_C=block_c, **limits(self.bits),
         )  # fmt: skip
         return out
 
@@ -143,8 +96,9 @@ class FusedLinear(Step):
         if table is not None and len(table) > 256 and packed is None:
             raise ValueError(f'{output}: its table of {len(table)} entries changes too often to be packed')
         # a kernel's argument has to be a tensor, also where it is not read
-        self.hold(table=torch.zeros(1, dtype=torch.int32) if table is None else table.int() if packed is None else packed)
-        self.dtype = _dtype(bits) if table is None else torch.int8
+        held = torch.zeros(1) if table is None else table if packed is None else packed
+        self.hold(table=held.to(torch.int32))
+        self.dtype = code_dtype(bits) if table is None else torch.int8
         self.shift = int(rule.shift)
         self.options = dict(
             ENTRIES=0 if table is None else len(self.table), BIN=0 if packed is None else BIN, WIDE=rule.wide,
@@ -160,7 +114,7 @@ class FusedLinear(Step):
         if flat.data_ptr() % 16:
             flat = flat.clone()
         rows, terms = flat.shape
-        out = torch.empty(rows, _up(self.features, 16), dtype=self.dtype, device=x.device)[:, : self.features]
+        out = torch.empty(rows, up_to(self.features, 16), dtype=self.dtype, device=x.device)[:, : self.features]
 
         def grid(meta: Mapping[str, int]) -> tuple[int]:
             return (triton.cdiv(rows, meta['BLOCK_M']) * triton.cdiv(self.features, meta['BLOCK_N']),)
@@ -193,8 +147,8 @@ class RowMap:
 class FusedNorm(Step):
     """``layernorm``, after the residual ``add`` whose sum it normalizes, if one is given: rows of codes.
 
-    The first input may lie in other rows than the results, and the normalized rows may go to others: layouts before and
-    behind, Swin's windows above all, cost nothing.
+    The first input may lie in other rows than the results, and the normalized rows may go to others: layouts before
+    and behind, Swin's windows above all, cost nothing.
 
     Args:
         inputs: what is normalized; or the operands of the sum.
@@ -217,7 +171,8 @@ class FusedNorm(Step):
         nothing = torch.zeros(1, dtype=torch.int32)
         self.hold(
             zero=norm['zero'].expand(self.channels), gain=rule.gain, offset=halves(rule.offset),
-            shifts=rule.shift * 16 + norm['factors'].to(torch.int32), source=nothing if source is None else source.index,
+            shifts=rule.shift * 16 + norm['factors'].to(torch.int32),
+            source=nothing if source is None else source.index,
             target=nothing if target is None else target.to(torch.int32),
         )  # fmt: skip
         root_bits = norm['root_bits']
@@ -228,12 +183,12 @@ class FusedNorm(Step):
         else:
             self.add_shift, add_bits, per_channel = _hold_sum(self, add, 'add_offset')
         self.source_size = 0 if source is None else source.size
-        self.size = 1 if source is None and target is None else len(self.source if target is None else self.target)
-        self.shape, self.bits, self.sum_dtype = shape, norm['bits'], _dtype(add_bits)
+        self.size = len(source.index) if source is not None else 1 if target is None else len(target)
+        self.shape, self.bits, self.sum_dtype = shape, norm['bits'], code_dtype(add_bits)
         self.options = dict(
             ADD=0 if add is None else 1 + per_channel, SOURCE=0 if source is None else self.source.ndim,
-            TARGET=target is not None, WIDE=rule.wide, CHANNELS=self.channels, **_limits(add_bits, 'ADD_'),
-            **_limits(self.bits),
+            TARGET=target is not None, WIDE=rule.wide, CHANNELS=self.channels, **limits(add_bits, 'ADD_'),
+            **limits(self.bits),
         )  # fmt: skip
 
     def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
@@ -246,7 +201,7 @@ class FusedNorm(Step):
             rows = a.numel() // image * self.size
         total = a if b is None else torch.empty(added.shape, dtype=self.sum_dtype, device=a.device)
         shape = a.shape if self.shape is None else (-1, *self.shape)
-        out = torch.empty(rows, self.channels, dtype=_dtype(self.bits), device=a.device)
+        out = torch.empty(rows, self.channels, dtype=code_dtype(self.bits), device=a.device)
         block_r, block_c, warps = _row_blocks(self.channels)
         norm_kernel[(triton.cdiv(rows, block_r),)](
             a, added, total, out, self.source, self.target, self.gain_a, self.gain_b, self.add_offset, self.zero,
@@ -295,12 +250,12 @@ class ResidualAdd(Step):
             raise ValueError(f'{self.outputs[0]}: {tuple(b.shape)} does not repeat over {tuple(a.shape)}')
         a, b = a.contiguous(), b.contiguous()
         rows, b_rows = a.numel() // channels, b.numel() // channels
-        out = torch.empty(a.shape, dtype=_dtype(self.bits), device=a.device)
+        out = torch.empty(a.shape, dtype=code_dtype(self.bits), device=a.device)
         block_c = triton.next_power_of_2(min(channels, 1024))
         block_r = max(1, min(64, 2048 // block_c))
         add_kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
             a, b, out, self.gain_a, self.gain_b, self.offset, rows, b_rows, self.shift,
-            PER_CHANNEL=self.per_channel, CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c, **_limits(self.bits),
+            PER_CHANNEL=self.per_channel, CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c, **limits(self.bits),
         )  # fmt: skip
         return out
 
@@ -353,29 +308,30 @@ class Attention(Step):
         self.bits = attend['bits']
         self.options = dict(
             DISTANCES=len(exponents), LAST=0 if line is None else line.last, BIAS=bias is not None,
-            MASK=mask is not None, WIDE=wide, MEAN_WIDE=mean_wide, **_limits(affine['bits'], 'SCORE_'),
-            **_limits((affine if add is None else add)['bits'], 'LOGIT_'), **_limits(self.bits),
+            MASK=mask is not None, WIDE=wide, MEAN_WIDE=mean_wide, **limits(affine['bits'], 'SCORE_'),
+            **limits((affine if add is None else add)['bits'], 'LOGIT_'), **limits(self.bits),
         )  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (B, heads, N, D), transposed keys and values to (B, heads, N, D), a view of (B, N, heads, D)."""
         batch, heads, tokens, dims = q.shape
-        out = torch.empty(batch, tokens, heads, dims, dtype=_dtype(self.bits), device=q.device).transpose(1, 2)
+        out = torch.empty(batch, tokens, heads, dims, dtype=code_dtype(self.bits), device=q.device).transpose(1, 2)
         k = k.transpose(2, 3)
 
         def grid(meta: Mapping[str, int]) -> tuple[int, int]:
             return batch * heads, triton.cdiv(tokens, meta['BLOCK_Q'])
 
         attention_kernel[grid](
-            q, k, v, out, self.octaves, self.bias, self.mask, self.numbers, self.offsets, *q.stride(), *k.stride(), *v.stride(),
-            *out.stride(), self.mask.shape[0], heads, N=tokens, D=dims, PITCH=_up(tokens, 16), LONG=tokens > 256,
+            q, k, v, out, self.octaves, self.bias, self.mask, self.numbers, self.offsets, *q.stride(), *k.stride(),
+            *v.stride(), *out.stride(), self.mask.shape[0], heads, triton.next_power_of_2(batch * heads), N=tokens,
+            D=dims, PITCH=up_to(tokens, 16), LONG=tokens > 256,
             BLOCK_D=max(32, triton.next_power_of_2(dims)), **self.options,
         )  # fmt: skip
         return out
 
 
 def _pitched(matrices: Tensor | None) -> Tensor:
-    """(…, N, N) as int8 with rows that begin at 16 bytes; a small tensor, which a kernel wants too, instead of None."""
+    """(…, N, N) as int8 with rows that begin at 16 bytes; a small tensor instead of None, which no kernel takes."""
     if matrices is None:
         return torch.zeros(1, dtype=torch.int8)
     return F.pad(matrices.to(torch.int8), (0, -matrices.shape[-1] % 16))

@@ -82,8 +82,10 @@ def _half(bits):
     return bits.to(tl.int16).to(tl.float16, bitcast=True)
 
 
-@triton.autotune(configs=_CONFIGS, key=['N', 'D', 'BIAS', 'MASK'], prune_configs_by={'early_config_prune': _sensible})
-@triton.jit(do_not_specialize=['windows', 'heads'])
+@triton.autotune(
+    configs=_CONFIGS, key=['bucket', 'N', 'D', 'BIAS', 'MASK'], prune_configs_by={'early_config_prune': _sensible}
+)
+@triton.jit(do_not_specialize=['windows', 'heads', 'bucket'])
 def attention_kernel(
     q_ptr,
     k_ptr,
@@ -100,6 +102,7 @@ def attention_kernel(
     o_b, o_h, o_n, o_d,
     windows,
     heads,
+    bucket,  # of batch times heads: sizes that share a choice of blocks
     N: tl.constexpr,
     D: tl.constexpr,
     PITCH: tl.constexpr,
@@ -122,10 +125,11 @@ def attention_kernel(
 ):  # fmt: skip
     """Queries, keys and values (B, heads, N, D) int8, by their strides, to (B, heads, N, D) codes.
 
-    octaves: (DISTANCES,) int32, 15 less the exponent of a distance from the row's maximum, 16 for none; read if ``LAST``
-    is 0. bias: (heads, N, PITCH) int8. mask: (windows, N, PITCH), not 0 where attention is forbidden.
+    octaves: (DISTANCES,) int32, 15 less the exponent of a distance from the row's maximum, 16 for none; read if
+    ``LAST`` is 0. bias: (heads, N, PITCH) int8. mask: (windows, N, PITCH), not 0 where attention is forbidden.
     numbers: int32: gain, shift of the scores; both gains, shift of the sum with the bias; slope and shift of the
-    octaves; gain, shift of the mean; zero points of queries, keys and values; a logit that counts as forbidden. offsets: int64, of the three.
+    octaves; gain, shift of the mean; zero points of queries, keys and values; a logit that counts as forbidden.
+    offsets: int64, of scores, sum and mean.
     """
     batch, head = tl.program_id(0) // heads, tl.program_id(0) % heads
     query = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -162,8 +166,8 @@ def attention_kernel(
             best = tl.max(logits, 1)
         weight, bits = _weights(best, logits, octaves_ptr, numbers_ptr, DISTANCES, LAST)
         total += tl.sum(weight, 1)
-        # As float16, values and weights spare the turning around of values that int8 products would want. A weight is cut
-        # in two, multiples of 256 and the rest, each so small that float32 holds the sums of 256 products.
+        # As float16, values and weights spare the turning around of values that int8 products would want. A weight
+        # is cut in two, multiples of 256 and the rest, each so small that float32 holds the sums of 256 products.
         v16 = _half((v.to(tl.int16) + 128) | 0x6400) - 1152.0  # 1024 + 128
         weight16 = _half(bits)
         high = _half(tl.maximum(bits, 23552))  # 256.0

@@ -121,7 +121,8 @@ def linear_kernel(
     # by parts: the constants of all columns would not fit the registers
     if BLOCK_N == PART:
         _finish(
-            sums, top, left, out_desc, gain_ptr, offset_ptr, shift, table, ENTRIES, BIN, WIDE, LOW, HIGH, BLOCK_M, PART,
+            sums, top, left, out_desc, gain_ptr, offset_ptr, shift, table, ENTRIES, BIN, WIDE, LOW, HIGH, BLOCK_M,
+            PART,
         )  # fmt: skip
     else:
         halves = _halves(sums, BLOCK_M, BLOCK_N)

@@ -15,10 +15,15 @@ def _channels(ptr, channel, known):
 
 
 @triton.jit
+def _joined(upper, lower):
+    """int64 of its halves."""
+    return (upper.to(tl.int64) << 32) | lower.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
 def _wide(ptr, channel, known, CHANNELS: tl.constexpr):
     """A row of int64 constants; their lower halves lie behind the upper ones, so that threads get what they need."""
-    lower = _channels(ptr + CHANNELS, channel, known).to(tl.uint32, bitcast=True).to(tl.int64)
-    return (_channels(ptr, channel, known).to(tl.int64) << 32) | lower
+    return _joined(_channels(ptr, channel, known), _channels(ptr + CHANNELS, channel, known))
 
 
 @triton.jit
@@ -32,7 +37,7 @@ def _add(
         offset = _wide(offset_ptr, channel, known, CHANNELS)
     else:
         gain_a, gain_b = tl.load(gain_a_ptr), tl.load(gain_b_ptr)
-        offset = (tl.load(offset_ptr).to(tl.int64) << 32) | tl.load(offset_ptr + 1).to(tl.uint32, bitcast=True).to(tl.int64)
+        offset = _joined(tl.load(offset_ptr), tl.load(offset_ptr + 1))
     return weighted_sum(a.to(tl.int32), b.to(tl.int32), gain_a, gain_b, offset, shift, LOW, HIGH)
 
 
@@ -132,8 +137,8 @@ def norm_kernel(
 
     source: (size,) int32, row of an image of ``a`` -- (size, CHANNELS) with ``SOURCE`` 2, its element.
     target: (size,) int32, the row where a normalized row goes. zero: (CHANNELS,) int32, of what is normalized.
-    gain, shifts: (CHANNELS,) int32; ``shifts`` is ``shift * 16 + factor``. offset: (2, CHANNELS) int32, the upper and the
-    lower halves of int64 numbers, which hold zero point and half; likewise that of the sum.
+    gain, shifts: (CHANNELS,) int32; ``shifts`` is ``shift * 16 + factor``. offset: (2, CHANNELS) int32, the upper and
+    the lower halves of int64 numbers, which hold zero point and half; likewise that of the sum.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = tl.max_contiguous(tl.arange(0, BLOCK_C), 4)  # as above

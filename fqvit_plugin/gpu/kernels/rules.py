@@ -7,8 +7,8 @@ import triton.language as tl
 
 __all__ = ['integer_quotient', 'integer_root', 'look_up', 'requantize', 'saturate', 'weighted_sum']
 
-#: Whether instructions are named, which the interpreter cannot run. LLVM joins neighbouring 64-bit operations to vectors
-#: and no longer sees that their factors have 32 bits: each product then takes four instructions instead of one.
+#: Whether instructions are named, which the interpreter cannot run. LLVM joins neighbouring 64-bit operations to
+#: vectors and no longer sees that their factors have 32 bits: each product then takes four instructions, not one.
 _ASSEMBLY = tl.constexpr(os.environ.get('TRITON_INTERPRET') != '1')
 
 
@@ -37,7 +37,7 @@ def requantize(x, gain, offset, shift, LOW: tl.constexpr, HIGH: tl.constexpr, WI
 
     The half that rounds and the zero point are part of ``offset``.
     """
-    if WIDE:
+    if WIDE:  # noqa: SIM108 - both sides of the shorter form must have one type
         steps = (x.to(tl.int64) * gain.to(tl.int64) + offset) >> shift
     else:
         steps = _high_steps(x, gain, offset, shift)
@@ -49,7 +49,8 @@ def weighted_sum(a, b, gain_a, gain_b, offset, shift, LOW: tl.constexpr, HIGH: t
     """``(a gain_a + b gain_b + offset) >> shift`` of int32 codes and gains, saturated; the result fits 32 bits."""
     if _ASSEMBLY:
         steps = tl.inline_asm_elementwise(
-            '{ .reg .b64 t; mad.wide.s32 t, $1, $3, $5; mad.wide.s32 t, $2, $4, t; shr.s64 t, t, $6; cvt.u32.u64 $0, t; }',
+            '{ .reg .b64 t; mad.wide.s32 t, $1, $3, $5; mad.wide.s32 t, $2, $4, t; '
+            'shr.s64 t, t, $6; cvt.u32.u64 $0, t; }',
             '=r,r,r,r,r,l,r', [a, b, gain_a, gain_b, offset, shift], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
@@ -75,7 +76,7 @@ def look_up(table, index, BIN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
 def integer_root(x):
     """``floor(sqrt(x))`` of int64 up to 2**52, as int32.
 
-    The root of a float32 is off by less than 2**5, a step of Newton's method by one at most; two comparisons settle it.
+    The root of a float32 is off by less than 2**5, after a step of Newton's method by one; two comparisons settle it.
     """
     root = tl.sqrt(x.to(tl.float32)).to(tl.int32)
     rest = (x - root.to(tl.int64) * root.to(tl.int64)).to(tl.float32)
