@@ -16,7 +16,7 @@ RECORDED = {'vit_t': (81.75, 48.00), 'deit_t': (78.50, 78.50)}
 @pytest.fixture(scope='module')
 def rows():
     images = imagenet()
-    evaluated = (accuracy.evaluate(images, name, ['reference 8/8/4']) for name in RECORDED)
+    evaluated = (accuracy.evaluate(images, name, ['reference 8/8/4', 'strict 8/8/4']) for name in RECORDED)
     return {(row.model, row.recipe): row for rows in evaluated for row in rows}
 
 
@@ -28,6 +28,12 @@ def test_float(rows, name):
 
 def test_reference_on_deit_tiny(rows):
     assert rows['deit_t', 'reference 8/8/4'].top1 == pytest.approx(RECORDED['deit_t'][1], abs=3.0)
+
+
+@pytest.mark.parametrize('name', RECORDED)
+def test_strict_is_near_float(rows, name):
+    # 78.00 and 80.00 where this was written; ViT-Tiny had 57.25 while one range served all channels of a branch
+    assert rows[name, 'strict 8/8/4'].top1 >= RECORDED[name][0] - 6
 
 
 def test_reference_on_vit_tiny(rows):

@@ -228,6 +228,20 @@ def _gpu(material: Material) -> Run:
 
 @engine('gpu-bf16', 'bfloat16')
 def _gpu_bf16(material: Material) -> Run:
-    model = _Logits(copy.deepcopy(material.model).cuda().bfloat16())
+    model = _InBfloat16(copy.deepcopy(material.model).cuda().bfloat16()).eval()
     compiled = torch.compile(model, mode='max-autotune', dynamic=False)
-    return _on_gpu(lambda images: compiled(images.bfloat16()))
+
+    def run(images: Tensor) -> Any:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)  # Swin makes its masks in it, and float32 ones would win
+        try:
+            return compiled(images)
+        finally:
+            torch.set_default_dtype(default)
+
+    return _on_gpu(run)
+
+
+class _InBfloat16(_Logits):
+    def forward(self, image: Tensor) -> Tensor:
+        return super().forward(image.bfloat16())

@@ -22,6 +22,7 @@ from fqvit_plugin.checkpoint import stored_scheme
 from fqvit_plugin.checkpoint_io import load_checkpoint
 from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.report import Report
+from fqvit_plugin.search.setup import configured_scheme
 
 
 def check_outputs(paths: Sequence[Path | None], force: bool) -> None:
@@ -49,15 +50,13 @@ def check_device(device: str) -> None:
 
 
 def calibrated_model(cfg: Config, checkpoint: Path, device: str, data: CalibrationSet) -> tuple[Any, Report]:
-    """The model of a calibrated checkpoint as it is, or of a float one, calibrated by the config's scheme."""
+    """The model of a calibrated checkpoint as it is, or of a float one, calibrated by the config's scheme (W8A8 if none)."""
     if checkpoint.suffix.lower() not in ('.safetensors', '.npz') and _is_calibrated(checkpoint):
         model = MODELS.build({'data_preprocessor': cfg.get('data_preprocessor'), **cfg.model})
         report = fq.load_quantized_(model, checkpoint)
         return model.to(device), report
-    if cfg.get('quant_scheme') is None:
-        raise ValueError('the config has no quant_scheme, and the checkpoint is not calibrated: write one')
     model = build_classifier(cfg, checkpoint, device)
-    report = fq.quantize_model_(model, parse_scheme(cfg.quant_scheme))
+    report = fq.quantize_model_(model, parse_scheme(configured_scheme(cfg)))
     logger = MMLogger.get_current_instance()
     logger.setLevel('INFO')
     calibrate_on_(model, data, logger)

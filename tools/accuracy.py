@@ -22,6 +22,7 @@ from torch import Tensor
 import fqvit_plugin as fq
 from fqvit_plugin.apis import load_config
 from fqvit_plugin.convert import load_checkpoint_file
+from fqvit_plugin.presets import parse_scheme
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 WEIGHTS = {'vit_t': 'vit_tiny_patch16_224.pth', 'deit_t': 'deit_tiny_patch16_224.pth'}
@@ -45,6 +46,7 @@ examples:
   python tools/accuracy.py ../shared/imagenet --models vit_t --recipes 'strict 8/8/4' --json out.json
   python tools/accuracy.py ../shared/imagenet --via mmpretrain timm --recipes 'strict 8/8/4'
 
+A recipe may also be a config, one that tools/allocate.py wrote for instance, whose quant_scheme is then taken.
 With both libraries named, a second table says how far apart their models of the same weights are.
 
 exit codes: 0 done, 2 something is wrong with what was given (one line on stderr)
@@ -158,13 +160,25 @@ def evaluate(
     for recipe, seed in itertools.product(recipes, seeds):
         start = time.perf_counter()
         _, model = load_model(name, images / 'weights', via)
-        input_quant = cfg.quant_scheme.input_quant
-        fq.quantize_model_(model, fq.get_scheme(**RECIPES[recipe], input_quant=input_quant))
+        fq.quantize_model_(model, scheme_of(recipe, cfg.quant_scheme.input_quant))
         fq.calibrate_(model, calib.shuffled(seed).batches(batch_size), forward)
         fq.quant(model)
         kept[recipe, seed] = model, predict(model, val)
         hits = kept[recipe, seed][1].argmax(1) == val.labels
         yield _row((name, via), recipe, seed, hits, base, start)
+
+
+def scheme_of(recipe: str, input_quant: bool) -> fq.QuantScheme:
+    """The scheme of a recipe's name, or of a config that is one's own."""
+    if recipe in RECIPES:
+        return fq.get_scheme(**RECIPES[recipe], input_quant=input_quant)
+    return parse_scheme(load_config(recipe).quant_scheme)
+
+
+def _recipe(text: str) -> str:
+    if text not in RECIPES and not (text.endswith('.py') and Path(text).is_file()):
+        raise argparse.ArgumentTypeError(f'{text!r} is no config; the recipes are {", ".join(RECIPES)}')
+    return text
 
 
 def _row(model: tuple[str, str], recipe: str, seed: int, hits: Tensor, base: Tensor, start: float) -> Row:
@@ -221,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
         default=['mmpretrain'],
         help='who builds the models',
     )
-    parser.add_argument('--recipes', nargs='+', choices=RECIPES, default=list(RECIPES), metavar='RECIPE')
+    parser.add_argument(
+        '--recipes', nargs='+', type=_recipe, default=list(RECIPES), metavar='RECIPE', help='a name, or CONFIG.py'
+    )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help="orders of calib's images (default: 0)")
     parser.add_argument('--batch-size', type=int, default=20, metavar='N', help='of calibration (default: 20)')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there too')

@@ -13,7 +13,7 @@ from ..integer.program import IntegerModel
 from .support import interpreted, require
 
 if TYPE_CHECKING:
-    from .steps import Step
+    from .base import Step
 
 __all__ = ['GpuModel']
 
@@ -74,8 +74,10 @@ class GpuModel(nn.Module):
         """Run, giving the name of every tensor that is computed, with its codes."""
         tensors = {'image': image}
         for i, step in enumerate(self._steps):
-            tensors[step.output] = step(*(tensors[n] for n in step.inputs))
-            yield step.output, tensors[step.output]
+            results = step(*(tensors[n] for n in step.inputs))
+            made = dict(zip(step.outputs, results if isinstance(results, tuple) else (results,), strict=True))
+            tensors.update(made)
+            yield from made.items()
             for name in set(step.inputs):
                 if self._last_use[name] == i:
                     del tensors[name]

@@ -6,78 +6,70 @@ depend on the input: bias, zero points, and the half that makes a shift round.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
-from torch import Tensor, nn
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..dyadic import MEAN_BITS
-from ..integer.kernels import KERNELS
-from ..integer.program import Op
+from .base import Step, code_dtype, limits, up_to
 from .kernels.attention import attention_kernel
 from .kernels.gemm import linear_kernel
-from .kernels.rows import add_kernel, layernorm_kernel
+from .kernels.image import patches_kernel
+from .kernels.rows import add_kernel, norm_kernel
+from .packing import BIN, exponent_line, halves, pack_table, rescaling
+from .support import interpreted
 
-__all__ = ['Attention', 'FusedLinear', 'FusedNorm', 'PlainKernel', 'ResidualAdd', 'Step']
-
-
-class Step(nn.Module):
-    """Some operations of a program as one.
-
-    Args:
-        inputs: tensors, by name.
-        output: name of the result.
-    """
-
-    def __init__(self, inputs: tuple[str, ...], output: str) -> None:
-        super().__init__()
-        self.inputs, self.output = inputs, output
-
-    def hold(self, **tensors: Tensor) -> None:
-        """Register constants, which move with the module but are no part of a checkpoint."""
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor.contiguous(), persistent=False)
+__all__ = ['Attention', 'FusedLinear', 'FusedNorm', 'ImagePatches', 'ResidualAdd', 'RowMap']
 
 
-class PlainKernel(Step):
-    """One operation by the integer model's own kernel."""
+class ImagePatches(Step):
+    """``quantize`` and ``patches``: (B, C, H, W) float images to (B, N, C kh kw) codes."""
 
-    def __init__(self, op: Op, constants: Mapping[str, Tensor]) -> None:
-        super().__init__(op.inputs, op.output)
-        self.kernel: Callable[..., Tensor] = KERNELS[op.kind]
-        self.settings = dict(op.settings)
-        self.names = {f'constant_{name}': name for name in op.constants}
-        self.hold(**{held: constants[op.constants[name]] for held, name in self.names.items()})
+    scale: Tensor
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        """The operation's result."""
-        constants = {name: getattr(self, held) for held, name in self.names.items()}
-        return self.kernel(*tensors, **constants, **self.settings)
+    def __init__(
+        self, inputs: tuple[str, ...], output: str, quantize: Mapping[str, Any], patches: Mapping[str, Any]
+    ) -> None:
+        super().__init__(inputs, output)
+        self.hold(scale=quantize['scale'].float().reshape(1))
+        self.zero, self.bits, self.value = quantize['zero'], quantize['bits'], patches['value']
+        self.kernel, self.stride, self.padding = patches['kernel'], patches['stride'], patches['padding']
 
-
-def _limits(bits: int) -> dict[str, int]:
-    return {'LOW': -(2 ** (bits - 1)), 'HIGH': 2 ** (bits - 1) - 1}
-
-
-def _dtype(bits: int) -> torch.dtype:
-    return torch.int8 if bits <= 8 else torch.int16
-
-
-def _blocks(channels: int, most: int = 2048) -> tuple[int, int]:
-    """Rows and channels of a program that has about ``most`` elements."""
-    block = triton.next_power_of_2(channels)
-    return max(1, min(64, most // block)), block
+    def forward(self, image: Tensor) -> Tensor:
+        """Codes of the patches."""
+        image = image.float().contiguous()
+        batch, channels, height, width = image.shape
+        left, right, top, bottom = self.padding
+        (kernel_y, kernel_x), (stride_y, stride_x) = self.kernel, self.stride
+        down = (height + top + bottom - kernel_y) // stride_y + 1
+        across = (width + left + right - kernel_x) // stride_x + 1
+        terms, rows = channels * kernel_y * kernel_x, batch * down * across
+        out = torch.empty(batch, down * across, terms, dtype=torch.int8, device=image.device)
+        block_c = min(1024, triton.next_power_of_2(terms))
+        block_r = 2048 // block_c
+        patches_kernel[(triton.cdiv(rows, block_r), triton.cdiv(terms, block_c))](
+            image, out, self.scale, rows, self.zero, self.value, DOWN=down, ACROSS=across, CHANNELS=channels,
+            HEIGHT=height, WIDTH=width, KERNEL_Y=kernel_y, KERNEL_X=kernel_x, STRIDE_Y=stride_y, STRIDE_X=stride_x,
+            TOP=top, LEFT=left, BLOCK_R=block_r, BLOCK_C=block_c, **limits(self.bits),
+        )  # fmt: skip
+        return out
 
 
 class FusedLinear(Step):
-    """``linear``, ``affine`` and, with ``table``, ``lookup``: (…, I) codes to (…, O) codes."""
+    """``linear``, ``affine`` and, with ``table``, ``lookup``: (…, I) codes to (…, O) codes.
+
+    Args:
+        table: of at most 256 entries, or one that :func:`fqvit_plugin.gpu.packing.pack_table` packs.
+    """
 
     weight: Tensor
     gain: Tensor
     offset: Tensor
-    zero: Tensor
     table: Tensor
 
     def __init__(
@@ -85,69 +77,160 @@ class FusedLinear(Step):
         table: Tensor | None,
     ) -> None:  # fmt: skip
         super().__init__(inputs, output)
-        weight = linear['weight']
-        features = (weight.shape[0],)
-        gain = affine['gain'].expand(features)
-        offset = (affine['offset'].long() << affine['offset_shift']) + (1 << (affine['shift'] - 1))
+        weight, shift, bits = linear['weight'], affine['shift'], affine['bits']
+        self.features, self.terms = weight.shape
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        first = 0 if table is None else -low  # indices instead of codes
+        zero = affine['zero'].long() + first
+        gain = affine['gain'].expand(self.features)
+        offset = (affine['offset'].long() << affine['offset_shift']) + (1 << (shift - 1)) + (zero << shift)
         offset = offset.reshape(-1) - linear['zero'] * weight.sum(1, dtype=torch.int64) * gain.long()
-        self.hold(weight=weight, gain=gain, offset=offset, zero=affine['zero'].expand(features))
+        rule = rescaling(gain, offset, torch.tensor(shift))
+        # what lies beyond the last feature is multiplied and not stored; a row of a matrix begins at 16 bytes
+        beyond = -self.features % 256
+        self.hold(
+            weight=F.pad(weight, (0, -self.terms % 16)), gain=F.pad(rule.gain, (0, beyond)),
+            offset=F.pad(rule.offset, (0, beyond)),
+        )  # fmt: skip
+        packed = None if table is None or len(table) <= 256 else pack_table(table)
+        if table is not None and len(table) > 256 and packed is None:
+            raise ValueError(f'{output}: its table of {len(table)} entries changes too often to be packed')
         # a kernel's argument has to be a tensor, also where it is not read
-        self.hold(table=torch.zeros(1, dtype=torch.int8) if table is None else table)
-        self.entries = 0 if table is None else len(table)
-        self.shift, self.bits = affine['shift'], affine['bits']
+        held = torch.zeros(1) if table is None else table if packed is None else packed
+        self.hold(table=held.to(torch.int32))
+        self.dtype = code_dtype(bits) if table is None else torch.int8
+        self.shift = int(rule.shift)
+        self.options = dict(
+            ENTRIES=0 if table is None else len(self.table), BIN=0 if packed is None else BIN, WIDE=rule.wide,
+            LOW=low + first, HIGH=high + first,
+        )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
         """Codes of the layer's output."""
-        outputs, terms = self.weight.shape
-        flat = x.reshape(-1, terms).contiguous()
-        rows = flat.shape[0]
-        dtype = self.table.dtype if self.entries else _dtype(self.bits)
-        out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
+        flat = x.reshape(-1, self.terms)
+        if self.terms % 16:
+            flat = F.pad(flat, (0, -self.terms % 16))
+        flat = flat.contiguous()
+        if flat.data_ptr() % 16:
+            flat = flat.clone()
+        rows, terms = flat.shape
+        out = torch.empty(rows, up_to(self.features, 16), dtype=self.dtype, device=x.device)[:, : self.features]
 
         def grid(meta: Mapping[str, int]) -> tuple[int]:
-            return (triton.cdiv(rows, meta['BLOCK_M']) * triton.cdiv(outputs, meta['BLOCK_N']),)
+            return (triton.cdiv(rows, meta['BLOCK_M']) * triton.cdiv(self.features, meta['BLOCK_N']),)
 
         linear_kernel[grid](
-            flat, self.weight, out, self.gain, self.offset, self.zero, self.table, rows, self.shift,
-            triton.next_power_of_2(rows), N=outputs, K=terms, TABLE=self.entries, **_limits(self.bits),
+            _blocks_of(flat), _blocks_of(self.weight), _blocks_of(out), self.gain, self.offset, self.table, rows,
+            self.features, terms, self.shift, triton.next_power_of_2(rows), COUNT=terms if interpreted() else 0,
+            **self.options,
         )  # fmt: skip
-        return out.view(*x.shape[:-1], outputs)
+        return out.view(*x.shape[:-1], self.features)
+
+
+def _blocks_of(matrix: Tensor) -> TensorDescriptor:
+    """A matrix that is read by blocks, whose size the kernel's choice fills in."""
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [1, 16])
+
+
+class RowMap:
+    """Where codes come from or go to: positions within an image.
+
+    Args:
+        index: (rows,) of the rows of a tensor, or (rows, channels) of its elements.
+        size: rows, or elements, of the other tensor for one image.
+    """
+
+    def __init__(self, index: Tensor, size: int) -> None:
+        self.index, self.size = index.to(torch.int32), size
 
 
 class FusedNorm(Step):
-    """``layernorm``: (…, C) codes to (…, C) codes."""
+    """``layernorm``, after the residual ``add`` whose sum it normalizes, if one is given: rows of codes.
 
-    zero: Tensor
-    factors: Tensor
-    gain: Tensor
-    offset: Tensor
-    shifts: Tensor
-    out_zero: Tensor
+    The first input may lie in other rows than the results, and the normalized rows may go to others: layouts before
+    and behind, Swin's windows above all, cost nothing.
 
-    def __init__(self, inputs: tuple[str, ...], output: str, norm: Mapping[str, Any]) -> None:
-        super().__init__(inputs, output)
-        channels = norm['factors'].shape
-        half = torch.ones(channels, dtype=torch.int64) << (norm['shifts'].long() - 1)
+    Args:
+        inputs: what is normalized; or the operands of the sum.
+        outputs: the normalized rows; with a sum, before them its codes.
+        add: constants and settings of the sum, or None.
+        source: of the first input; None if it lies as it is.
+        target: (rows,), of the normalized rows; None if they stay.
+    """
+
+    def __init__(
+        self, inputs: tuple[str, ...], outputs: Sequence[str], norm: Mapping[str, Any],
+        add: Mapping[str, Any] | None = None, source: RowMap | None = None, target: Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(inputs, *outputs)
+        self.channels = len(norm['factors'])
+        shifts = norm['shifts'].long()
+        offset = norm['offset'].long() + (torch.ones_like(shifts) << (shifts - 1))
+        rule = rescaling(norm['gain'].expand(self.channels), offset + (norm['out_zero'].long() << shifts), shifts)
+        nothing = torch.zeros(1, dtype=torch.int32)
         self.hold(
-            zero=norm['zero'].expand(channels), factors=norm['factors'], gain=norm['gain'].expand(channels),
-            offset=norm['offset'].long() + half, shifts=norm['shifts'], out_zero=norm['out_zero'].expand(channels),
+            zero=norm['zero'].expand(self.channels), gain=rule.gain, offset=halves(rule.offset),
+            shifts=rule.shift * 16 + norm['factors'].to(torch.int32),
+            source=nothing if source is None else source.index,
+            target=nothing if target is None else target.to(torch.int32),
         )  # fmt: skip
         root_bits = norm['root_bits']
         self.scalars = (norm['guard'], max(2 * root_bits, 0), max(-2 * root_bits, 0), 1 << (45 + root_bits))
-        self.bits = norm['bits']
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Codes of the normalized rows."""
-        channels = x.shape[-1]
-        x = x.contiguous()
-        rows = x.numel() // channels
-        out = torch.empty(x.shape, dtype=_dtype(self.bits), device=x.device)
-        block_r, block_c = _blocks(channels)
-        layernorm_kernel[(triton.cdiv(rows, block_r),)](
-            x, out, self.zero, self.factors, self.gain, self.offset, self.shifts, self.out_zero, rows, *self.scalars,
-            CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c, **_limits(self.bits),
+        self.add_shift, add_bits, per_channel = 0, 8, False
+        if add is None:
+            self.hold(gain_a=nothing, gain_b=nothing, add_offset=nothing)
+        else:
+            self.add_shift, add_bits, per_channel = _hold_sum(self, add, 'add_offset')
+        self.source_size = 0 if source is None else source.size
+        self.size = len(source.index) if source is not None else 1 if target is None else len(target)
+        self.shape, self.bits, self.sum_dtype = shape, norm['bits'], code_dtype(add_bits)
+        self.options = dict(
+            ADD=0 if add is None else 1 + per_channel, SOURCE=0 if source is None else self.source.ndim,
+            TARGET=target is not None, WIDE=rule.wide, NARROW=_fit_squares(norm['factors']), CHANNELS=self.channels,
+            **limits(add_bits, 'ADD_'), **limits(self.bits),
         )  # fmt: skip
-        return out
+
+    def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        """Codes of the normalized rows, or those of the sum and of its normalized rows."""
+        a = a.contiguous()
+        added = a if b is None else b.contiguous()
+        rows = a.numel() // self.channels
+        if self.source_size:
+            image = self.source_size * (self.channels if self.source.ndim == 1 else 1)
+            rows = a.numel() // image * self.size
+        total = a if b is None else torch.empty(added.shape, dtype=self.sum_dtype, device=a.device)
+        shape = a.shape if self.shape is None else (-1, *self.shape)
+        out = torch.empty(rows, self.channels, dtype=code_dtype(self.bits), device=a.device)
+        block_r, block_c, warps = _row_blocks(self.channels)
+        norm_kernel[(triton.cdiv(rows, block_r),)](
+            a, added, total, out, self.source, self.target, self.gain_a, self.gain_b, self.add_offset, self.zero,
+            self.gain, self.offset, self.shifts, rows, self.add_shift, self.size, self.source_size, *self.scalars,
+            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps, **self.options,
+        )  # fmt: skip
+        out = out.view(shape)
+        return out if b is None else (total, out)
+
+
+def _fit_squares(factors: Tensor) -> bool:
+    """Whether the squares of a row fit 32 bits: those of up to 255 steps in each channel."""
+    return float((255.0 * 2.0 ** factors.double()).square().sum()) < 2**32
+
+
+def _row_blocks(channels: int) -> tuple[int, int, int]:
+    """Rows and channels of a program, and its warps: as few as hold a row, for each of them computes its root."""
+    block = triton.next_power_of_2(channels)
+    return (max(1, 1024 // block), block, max(1, block // 1024)) if block >= 256 else (2048 // block, block, 4)
+
+
+def _hold_sum(step: Step, add: Mapping[str, Any], offset_name: str) -> tuple[int, int, bool]:
+    """Register what a residual sum needs; gives its shift, its bits, and whether channels have gains of their own."""
+    gain_a, gain_b, zero, shift = add['gain_a'], add['gain_b'], add['zero'].long(), add['shift']
+    # the gains in int64: torch multiplies () int64 by (C,) int32 in int32
+    offset = (zero << shift) + (1 << (shift - 1)) - add['zero_a'] * gain_a.long() - add['zero_b'] * gain_b.long()
+    gain_a, gain_b, offset = torch.broadcast_tensors(gain_a, gain_b, offset)
+    step.hold(gain_a=gain_a, gain_b=gain_b, **{offset_name: halves(offset)})
+    return shift, add['bits'], gain_a.numel() > 1
 
 
 class ResidualAdd(Step):
@@ -156,16 +239,10 @@ class ResidualAdd(Step):
     gain_a: Tensor
     gain_b: Tensor
     offset: Tensor
-    zero: Tensor
 
     def __init__(self, inputs: tuple[str, ...], output: str, add: Mapping[str, Any]) -> None:
         super().__init__(inputs, output)
-        offset = 1 << (add['shift'] - 1)
-        # the gains in int64: torch multiplies () int64 by (C,) int32 in int32
-        offset = offset - add['zero_a'] * add['gain_a'].long() - add['zero_b'] * add['gain_b'].long()
-        parameters = torch.broadcast_tensors(add['gain_a'], add['gain_b'], offset, add['zero'])
-        self.hold(**dict(zip(('gain_a', 'gain_b', 'offset', 'zero'), parameters, strict=True)))
-        self.shift, self.bits = add['shift'], add['bits']
+        self.shift, self.bits, self.per_channel = _hold_sum(self, add, 'offset')
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Codes of the sum.
@@ -175,15 +252,15 @@ class ResidualAdd(Step):
         """
         channels = a.shape[-1]
         if not _repeats(b, a):
-            raise ValueError(f'{self.output}: {tuple(b.shape)} does not repeat over {tuple(a.shape)}')
+            raise ValueError(f'{self.outputs[0]}: {tuple(b.shape)} does not repeat over {tuple(a.shape)}')
         a, b = a.contiguous(), b.contiguous()
         rows, b_rows = a.numel() // channels, b.numel() // channels
-        out = torch.empty(a.shape, dtype=_dtype(self.bits), device=a.device)
-        block_r, block_c = _blocks(min(channels, 1024))
+        out = torch.empty(a.shape, dtype=code_dtype(self.bits), device=a.device)
+        block_c = triton.next_power_of_2(min(channels, 1024))
+        block_r = max(1, min(64, 2048 // block_c))
         add_kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
-            a, b, out, self.gain_a, self.gain_b, self.offset, self.zero, rows, b_rows, self.shift,
-            PER_CHANNEL=self.gain_a.numel() > 1, CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c,
-            **_limits(self.bits),
+            a, b, out, self.gain_a, self.gain_b, self.offset, rows, b_rows, self.shift,
+            PER_CHANNEL=self.per_channel, CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c, **limits(self.bits),
         )  # fmt: skip
         return out
 
@@ -202,10 +279,12 @@ class Attention(Step):
     Args:
         matmul, affine, attend: their constants and settings; the constants of ``affine`` and ``add`` hold one number.
         add: the same, or None.
-        bias: (heads, N, N) or (1, heads, N, N) codes, with ``add``.
+        bias: (heads, N, N) codes, with ``add``.
     """
 
-    powers: Tensor
+    numbers: Tensor
+    offsets: Tensor
+    octaves: Tensor
     bias: Tensor
     mask: Tensor
 
@@ -215,50 +294,68 @@ class Attention(Step):
     ) -> None:  # fmt: skip
         super().__init__(inputs, output)
         exponents = attend['exponents'].to(torch.int32)
-        nothing = torch.zeros(1, dtype=torch.int8)
+        line = exponent_line(exponents)
         mask = attend.get('mask')
-        self.hold(
-            powers=torch.where(exponents < 0, 0, torch.ones_like(exponents) << exponents.clamp_min(0)),
-            bias=nothing if bias is None else bias,
-            mask=nothing if mask is None else mask.to(torch.int8),
-        )
-        self.has_bias, self.has_mask = bias is not None, mask is not None
-        self.zeros = (matmul['zero_a'], matmul['zero_b'], attend['zero'])
-        self.scores = _scores(affine)
-        self.sum = (0, 0, 0, 1, 0) if add is None else _sum(add)
+        scores, wide = _scores(affine)
         shift = attend['shift'] + MEAN_BITS
-        self.mean = (attend['gain'], 1 << (shift - 1), shift, attend['out_zero'])
+        mean, mean_wide = _rescaling(attend['gain'], (1 << (shift - 1)) + (attend['out_zero'] << shift), shift)
+        zeros = (matmul['zero_a'], matmul['zero_b'], attend['zero'])
+        (gain_a, gain_b, sum_offset, sum_shift), (slope, line_shift) = _sum(add), (0, 1) if line is None else line[:2]
+        numbers = [scores[0], scores[2], gain_a, gain_b, sum_shift, slope, line_shift, mean[0], mean[2], *zeros]
+        # further from every maximum than the line's end
+        numbers.append(-16384 if line is None else -256 - line.end)
+        self.hold(
+            numbers=torch.tensor(numbers, dtype=torch.int32),
+            offsets=torch.tensor([scores[1], sum_offset, mean[1]], dtype=torch.int64),
+            octaves=torch.where(exponents < 0, 16, 15 - exponents),
+            bias=_pitched(bias), mask=_pitched(mask),
+        )  # fmt: skip
         self.bits = attend['bits']
-        score, logit = _limits(affine['bits']), _limits(affine['bits'] if add is None else add['bits'])
-        self.limits = dict(
-            SCORE_LOW=score['LOW'], SCORE_HIGH=score['HIGH'], LOGIT_LOW=logit['LOW'], LOGIT_HIGH=logit['HIGH']
-        )
+        self.options = dict(
+            DISTANCES=len(exponents), LAST=0 if line is None else line.last, BIAS=bias is not None,
+            MASK=mask is not None, WIDE=wide, MEAN_WIDE=mean_wide, **limits(affine['bits'], 'SCORE_'),
+            **limits((affine if add is None else add)['bits'], 'LOGIT_'), **limits(self.bits),
+        )  # fmt: skip
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (B, heads, N, D), transposed keys and values to (B, heads, N, D), a view of (B, N, heads, D)."""
         batch, heads, tokens, dims = q.shape
-        out = torch.empty(batch, tokens, heads, dims, dtype=_dtype(self.bits), device=q.device).transpose(1, 2)
+        out = torch.empty(batch, tokens, heads, dims, dtype=code_dtype(self.bits), device=q.device).transpose(1, 2)
         k = k.transpose(2, 3)
 
         def grid(meta: Mapping[str, int]) -> tuple[int, int]:
             return batch * heads, triton.cdiv(tokens, meta['BLOCK_Q'])
 
         attention_kernel[grid](
-            q, k, v, out, self.powers, self.bias, self.mask, *q.stride(), *k.stride(), *v.stride(), *out.stride(),
-            *self.scores, *self.sum, self.mask.shape[0], *self.zeros, *self.mean, len(self.powers), heads,
-            N=tokens, D=dims, BIAS=self.has_bias, MASK=self.has_mask, **self.limits, **_limits(self.bits),
-            BLOCK_D=max(32, triton.next_power_of_2(dims)),
+            q, k, v, out, self.octaves, self.bias, self.mask, self.numbers, self.offsets, *q.stride(), *k.stride(),
+            *v.stride(), *out.stride(), self.mask.shape[0], heads, triton.next_power_of_2(batch * heads), N=tokens,
+            D=dims, PITCH=up_to(tokens, 16), LONG=tokens > 256,
+            BLOCK_D=max(32, triton.next_power_of_2(dims)), **self.options,
         )  # fmt: skip
         return out
 
 
-def _scores(affine: Mapping[str, Any]) -> tuple[int, int, int, int]:
+def _pitched(matrices: Tensor | None) -> Tensor:
+    """(…, N, N) as int8 with rows that begin at 16 bytes; a small tensor instead of None, which no kernel takes."""
+    if matrices is None:
+        return torch.zeros(1, dtype=torch.int8)
+    return F.pad(matrices.to(torch.int8), (0, -matrices.shape[-1] % 16))
+
+
+def _scores(affine: Mapping[str, Any]) -> tuple[tuple[int, int, int], bool]:
     shift = affine['shift']
-    offset = (int(affine['offset']) << affine['offset_shift']) + (1 << (shift - 1))
-    return int(affine['gain']), offset, shift, int(affine['zero'])
+    offset = (int(affine['offset']) << affine['offset_shift']) + (1 << (shift - 1)) + (int(affine['zero']) << shift)
+    return _rescaling(int(affine['gain']), offset, shift)
 
 
-def _sum(add: Mapping[str, Any]) -> tuple[int, int, int, int, int]:
-    gain_a, gain_b = int(add['gain_a']), int(add['gain_b'])
-    offset = (1 << (add['shift'] - 1)) - int(add['zero_a']) * gain_a - int(add['zero_b']) * gain_b
-    return gain_a, gain_b, offset, add['shift'], int(add['zero'])
+def _rescaling(gain: int, offset: int, shift: int) -> tuple[tuple[int, int, int], bool]:
+    rule = rescaling(*(torch.tensor(number, dtype=torch.int64) for number in (gain, offset, shift)))
+    return (int(rule.gain), int(rule.offset), int(rule.shift)), rule.wide
+
+
+def _sum(add: Mapping[str, Any] | None) -> tuple[int, int, int, int]:
+    if add is None:
+        return 0, 0, 0, 1
+    gain_a, gain_b, shift = int(add['gain_a']), int(add['gain_b']), add['shift']
+    offset = (1 << (shift - 1)) - int(add['zero_a']) * gain_a - int(add['zero_b']) * gain_b
+    return gain_a, gain_b, offset + (int(add['zero']) << shift), shift

@@ -22,9 +22,9 @@ def missing() -> str | None:
     try:
         import triton
     except ImportError:
-        return 'Triton is not installed: pip install "triton>=3"; wheels of torch for CUDA on Linux bring it'
-    if int(triton.__version__.partition('.')[0]) < 3:
-        return f'Triton {triton.__version__} is too old: the kernels need 3.0, which torch 2.4 for CUDA brings'
+        return 'Triton is not installed: pip install "triton>=3.4"; wheels of torch for CUDA on Linux bring it'
+    if tuple(int(part) for part in triton.__version__.split('.')[:2]) < (3, 4):
+        return f'Triton {triton.__version__} is too old: the kernels need 3.4, which torch 2.8 for CUDA brings'
     if interpreted() or torch.cuda.is_available():
         return None
     built = 'torch finds no CUDA device' if torch.version.cuda else f'torch {torch.__version__} is built without CUDA'

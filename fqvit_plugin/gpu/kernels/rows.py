@@ -1,57 +1,44 @@
-"""Kernels that walk rows of channels: LayerNorm and residual sums."""
+"""Kernels that walk rows of channels: residual sums, LayerNorm, and both at once."""
 
 import triton
 import triton.language as tl
 
-from .rules import integer_root, saturate
+from .rules import integer_quotient, integer_root, requantize, weighted_sum
 
-__all__ = ['add_kernel', 'layernorm_kernel']
+__all__ = ['add_kernel', 'norm_kernel']
 
 
-@triton.jit(do_not_specialize=['rows', 'guard', 'left', 'right', 'numerator'])
-def layernorm_kernel(
-    x_ptr,
-    out_ptr,
-    zero_ptr,
-    factor_ptr,
-    gain_ptr,
-    offset_ptr,
-    shift_ptr,
-    out_zero_ptr,
-    rows,
-    guard,
-    left,  # the radicand is (variance << left) >> right; one of them is 0
-    right,
-    numerator,
-    CHANNELS: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """(rows, CHANNELS) codes to normalized codes; every parameter (CHANNELS,), the half is part of the offset."""
-    row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    channel = tl.arange(0, BLOCK_C)
-    known = channel < CHANNELS
-    inside = (row < rows)[:, None] & known[None, :]
-    at = row[:, None] * CHANNELS + channel[None, :]
-    zero = tl.load(zero_ptr + channel, mask=known, other=0)[None, :]
-    factor = tl.load(factor_ptr + channel, mask=known, other=0).to(tl.int32)[None, :]
-    u = (tl.load(x_ptr + at, mask=inside, other=0).to(tl.int32) - zero) << factor
-    u = tl.where(inside, u, 0)
-    total = tl.sum(u, 1).to(tl.int64)
-    squares = tl.sum((u * u).to(tl.int64), 1)
-    variance = squares * CHANNELS - total * total + guard
-    radicand = tl.minimum((variance << left) >> right, 4503599627370496)  # 2**52
-    root = tl.maximum(integer_root(radicand), 1)
-    reciprocal = numerator // root
-    x_hat = ((u.to(tl.int64) * CHANNELS - total[:, None]) * reciprocal[:, None] + 268435456) >> 29  # 2**28
-    gain = tl.load(gain_ptr + channel, mask=known, other=0).to(tl.int64)[None, :]
-    offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
-    shift = tl.load(shift_ptr + channel, mask=known, other=0).to(tl.int64)[None, :]
-    out_zero = tl.load(out_zero_ptr + channel, mask=known, other=0)[None, :]
-    codes = saturate((x_hat * gain + offset) >> shift, out_zero, LOW, HIGH)
-    tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
+@triton.jit
+def _channels(ptr, channel, known):
+    """A row of int32 constants, one for each channel."""
+    return tl.load(ptr + channel, mask=known, other=0)[None, :]
+
+
+@triton.jit
+def _joined(upper, lower):
+    """int64 of its halves."""
+    return (upper.to(tl.int64) << 32) | lower.to(tl.uint32, bitcast=True).to(tl.int64)
+
+
+@triton.jit
+def _wide(ptr, channel, known, CHANNELS: tl.constexpr):
+    """A row of int64 constants; their lower halves lie behind the upper ones, so that threads get what they need."""
+    return _joined(_channels(ptr, channel, known), _channels(ptr + CHANNELS, channel, known))
+
+
+@triton.jit
+def _add(
+    a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL: tl.constexpr,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+):  # fmt: skip
+    """Codes of a residual sum; the offset holds the zero points and the half."""
+    if PER_CHANNEL:
+        gain_a, gain_b = _channels(gain_a_ptr, channel, known), _channels(gain_b_ptr, channel, known)
+        offset = _wide(offset_ptr, channel, known, CHANNELS)
+    else:
+        gain_a, gain_b = tl.load(gain_a_ptr), tl.load(gain_b_ptr)
+        offset = _joined(tl.load(offset_ptr), tl.load(offset_ptr + 1))
+    return weighted_sum(a.to(tl.int32), b.to(tl.int32), gain_a, gain_b, offset, shift, LOW, HIGH)
 
 
 @triton.jit(do_not_specialize=['rows', 'b_rows', 'shift'])
@@ -62,7 +49,6 @@ def add_kernel(
     gain_a_ptr,
     gain_b_ptr,
     offset_ptr,
-    zero_ptr,
     rows,
     b_rows,  # b repeats after so many
     shift,
@@ -73,21 +59,115 @@ def add_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """The sum of (rows, CHANNELS) and (b_rows, CHANNELS) codes; the offset holds both zero points and the half."""
+    """The sum of (rows, CHANNELS) and (b_rows, CHANNELS) codes."""
     row = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    # by fours, as constants are loaded: codes then lie with the threads that hold their channels' constants
+    channel = tl.program_id(1) * BLOCK_C + tl.max_contiguous(tl.arange(0, BLOCK_C), 4)
     known = channel < CHANNELS
     inside = (row < rows)[:, None] & known[None, :]
-    if PER_CHANNEL:
-        gain_a = tl.load(gain_a_ptr + channel, mask=known, other=0)[None, :].to(tl.int64)
-        gain_b = tl.load(gain_b_ptr + channel, mask=known, other=0)[None, :].to(tl.int64)
-        offset = tl.load(offset_ptr + channel, mask=known, other=0)[None, :]
-        zero = tl.load(zero_ptr + channel, mask=known, other=0)[None, :]
-    else:
-        gain_a, gain_b = tl.load(gain_a_ptr).to(tl.int64), tl.load(gain_b_ptr).to(tl.int64)
-        offset, zero = tl.load(offset_ptr), tl.load(zero_ptr)
     at = row[:, None] * CHANNELS + channel[None, :]
-    a = tl.load(a_ptr + at, mask=inside, other=0).to(tl.int64)
-    b = tl.load(b_ptr + (row % b_rows)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0).to(tl.int64)
-    codes = saturate((a * gain_a + b * gain_b + offset) >> shift, zero, LOW, HIGH)
+    a = tl.load(a_ptr + at, mask=inside, other=0)
+    b = tl.load(b_ptr + (row % b_rows)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
+    codes = _add(a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL, CHANNELS, LOW, HIGH)
+    tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _normalize(
+    codes, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator,
+    CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, NARROW: tl.constexpr,
+):  # fmt: skip
+    """Codes of rows of codes, normalized; ``NARROW`` says that a row's sum of squares fits 32 bits."""
+    # two small numbers in one: the power of two of the channel's step, and the shift of its result
+    shifts = _channels(shifts_ptr, channel, known)
+    # beyond the last channel there are zeros only
+    u = (codes - _channels(zero_ptr, channel, known)) << (shifts & 15)
+    total = tl.sum(u, 1)  # |u| <= 2**15: below 2**27 for 4096 channels
+    if NARROW:
+        squares = tl.sum((u * u).to(tl.uint32, bitcast=True), 1).to(tl.int64)
+    else:
+        squares = tl.sum((u * u).to(tl.int64), 1)
+    variance = squares * CHANNELS - total.to(tl.int64) * total.to(tl.int64) + guard
+    root = integer_root(tl.minimum((variance << left) >> right, 4503599627370496))  # 2**52
+    reciprocal = integer_quotient(numerator, tl.maximum(root, 1))
+    distance = u * CHANNELS - total[:, None]  # below 2**28
+    x_hat = (distance.to(tl.int64) * reciprocal[:, None] + 268435456) >> 29  # 2**28; 16 fractional bits: below 2**24
+    gain, offset = _channels(gain_ptr, channel, known), _wide(offset_ptr, channel, known, CHANNELS)
+    return requantize(x_hat.to(tl.int32), gain, offset, shifts >> 4, LOW, HIGH, WIDE)
+
+
+@triton.jit(
+    do_not_specialize=['rows', 'shift', 'size', 'source_size', 'guard', 'left', 'right', 'numerator']
+)
+def norm_kernel(
+    a_ptr,
+    b_ptr,
+    sum_ptr,
+    out_ptr,
+    source_ptr,
+    target_ptr,
+    gain_a_ptr,
+    gain_b_ptr,
+    add_offset_ptr,
+    zero_ptr,
+    gain_ptr,
+    offset_ptr,
+    shifts_ptr,
+    rows,
+    shift,
+    size,  # rows of an image
+    source_size,  # of an image: elements or rows of a
+    guard,
+    left,  # the radicand is (variance << left) >> right; one of them is 0
+    right,
+    numerator,
+    ADD: tl.constexpr,  # 0: a alone is normalized; 1: a + b, with one gain each; 2: with a gain for each channel
+    SOURCE: tl.constexpr,  # 0: a lies as it is; 1: its rows lie elsewhere; 2: its elements do
+    TARGET: tl.constexpr,  # whether normalized rows go elsewhere
+    WIDE: tl.constexpr,
+    NARROW: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    ADD_LOW: tl.constexpr,
+    ADD_HIGH: tl.constexpr,
+    LOW: tl.constexpr,
+    HIGH: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Rows of codes, or of the sum of two tensors of codes, which is stored, and their LayerNorm.
+
+    source: (size,) int32, row of an image of ``a`` -- (size, CHANNELS) with ``SOURCE`` 2, its element.
+    target: (size,) int32, the row where a normalized row goes. zero: (CHANNELS,) int32, of what is normalized.
+    gain, shifts: (CHANNELS,) int32; ``shifts`` is ``shift * 16 + factor``. offset: (2, CHANNELS) int32, the upper and
+    the lower halves of int64 numbers, which hold zero point and half; likewise that of the sum.
+    """
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    channel = tl.max_contiguous(tl.arange(0, BLOCK_C), 4)  # as above
+    known, stored = channel < CHANNELS, row < rows
+    inside = stored[:, None] & known[None, :]
+    image, place = (row // size).to(tl.int64), row % size
+    at = row.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
+    if SOURCE == 0:
+        from_at = at
+    elif SOURCE == 1:
+        source = tl.load(source_ptr + place, mask=stored, other=0)
+        from_at = (image * source_size + source)[:, None] * CHANNELS + channel[None, :]
+    else:
+        source = tl.load(source_ptr + place[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
+        from_at = image[:, None] * source_size + source
+    codes = tl.load(a_ptr + from_at, mask=inside, other=0).to(tl.int32)
+    if ADD:
+        b = tl.load(b_ptr + at, mask=inside, other=0)
+        codes = _add(
+            codes, b, gain_a_ptr, gain_b_ptr, add_offset_ptr, shift, channel, known, ADD == 2, CHANNELS,
+            ADD_LOW, ADD_HIGH,
+        )  # fmt: skip
+        tl.store(sum_ptr + at, codes.to(sum_ptr.dtype.element_ty), mask=inside)
+    codes = _normalize(
+        codes, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator, CHANNELS,
+        LOW, HIGH, WIDE, NARROW,
+    )  # fmt: skip
+    if TARGET:
+        target = tl.load(target_ptr + place, mask=stored, other=0)
+        at = (image * size + target)[:, None] * CHANNELS + channel[None, :]
     tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
