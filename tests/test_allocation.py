@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 
+import accuracy
 import allocate
 import analyze
 import calibrate
@@ -230,3 +231,16 @@ def test_sensitivities_of_something_else(job, tmp_path, capsys):
     argv = [config, weights, '--out', str(tmp_path / 'm.py'), '--batches', '1', '--budget-bits', '4']
     assert allocate.main([*argv, '--sensitivity', str(other)]) == 2
     assert 'not a sensitivity analysis of version 1' in capsys.readouterr().err
+
+
+def test_accuracy_takes_the_config_as_a_recipe(tmp_path):
+    """Against the scheme of the file, and of the name."""
+    path = tmp_path / 'mixed.py'
+    path.write_text("quant_scheme = dict(type='fqvit_w8a8', overrides=[dict(layers='*.qkv', weight_bits=4)])\n")
+    expected = fq.get_scheme('fqvit_w8a8', overrides=[dict(layers='*.qkv', weight_bits=4)])
+    assert accuracy.scheme_of(str(path), input_quant=False) == expected
+    args = accuracy._parser().parse_args(['images', '--recipes', str(path), 'strict 8/8/8'])
+    named = accuracy.scheme_of(args.recipes[1], input_quant=False)
+    assert named == fq.get_scheme('fqvit_w8a8', input_quant=False)
+    with pytest.raises(SystemExit):
+        accuracy._parser().parse_args(['images', '--recipes', str(tmp_path / 'gone.py')])
