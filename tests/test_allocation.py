@@ -34,7 +34,7 @@ from fqvit_plugin.sensitivity.switches import Switches
 from fqvit_plugin.sensitivity.units import units_of
 
 from . import models
-from .projects import build, float_checkpoint, project, write_images
+from .projects import build, float_checkpoint, project, runner, write_images
 
 BITS, ACT_BITS = (3, 4, 6, 8), (4, 8)
 
@@ -187,6 +187,10 @@ def test_the_config_gives_the_model_that_was_promised(job, tmp_path, capsys, opt
     assert calibrate.main([str(out), weights, '--out', str(tmp_path / 'q.pth'), '--batches', '2']) == 0
     stored = torch.load(tmp_path / 'q.pth', weights_only=True)['meta']['fqvit']['scheme']
     assert fq.QuantScheme.from_dict(stored) == parse_scheme(cfg.quant_scheme)
+    cfg.merge_from_dict(dict(load_from=weights, work_dir=str(tmp_path / 'work'), experiment_name=tmp_path.name))
+    assert 'accuracy/top1' in runner(cfg).test()  # what `mim test` runs
+    by_hook = torch.load(tmp_path / 'work' / 'calibrated.pth', weights_only=True)['meta']['fqvit']['scheme']
+    assert by_hook == stored
 
 
 def test_activations_under_bit_operations(job, tmp_path, capsys):
