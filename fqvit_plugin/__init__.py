@@ -16,19 +16,13 @@ from .lifecycle import (
     open_last_calibrate,
     quant,
 )
-from .observers import (
-    EmaObserver,
-    MinMaxObserver,
-    Observer,
-    OmseObserver,
-    PercentileObserver,
-    PtfObserver,
-)
+from .observers import EmaObserver, MinMaxObserver, Observer, PercentileObserver
 from .presets import get_scheme
 from .quantizers import Log2Quantizer, Quantizer, UniformQuantizer
 from .recipe import calibrate_
 from .registry import OBSERVERS, QUANTIZERS, STEPS
 from .scheme import BitType, QuantScheme, QuantSpec
+from .searching import MseObserver, OmseObserver, PtfObserver, SplitObserver
 from .surgery import quantize_model_, register_family
 
 __version__ = '0.1.0'
@@ -41,6 +35,7 @@ __all__ = [
     'EmaObserver',
     'Log2Quantizer',
     'MinMaxObserver',
+    'MseObserver',
     'Observer',
     'OmseObserver',
     'PercentileObserver',
@@ -54,6 +49,7 @@ __all__ = [
     'QuantScheme',
     'QuantSpec',
     'Quantizer',
+    'SplitObserver',
     'UniformQuantizer',
     'calibrate_',
     'close_calibrate',

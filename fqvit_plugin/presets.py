@@ -124,9 +124,9 @@ def _hidden(act: QuantSpec) -> QuantSpec:
     """The recipe of hidden activations, in strict arithmetic with splits and levels."""
     if act.arithmetic == 'reference':
         return act
-    split = dict(observer='split', observer_options=()) if act.observer == 'minmax' else {}
-    few = act.bit_type.bits < 8
-    return dataclasses.replace(act, quantizer='hidden', **split) if split or few else act
+    if act.observer == 'minmax':
+        return dataclasses.replace(act, quantizer='hidden', observer='split', observer_options=())
+    return dataclasses.replace(act, quantizer='hidden') if act.bit_type.bits < 8 else act
 
 
 def _parse_steps(steps: Any) -> tuple[StepSpec, ...]:

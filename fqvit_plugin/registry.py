@@ -26,7 +26,7 @@ _SCOPE = 'fqvit_plugin'
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=_SCOPE, locations=['fqvit_plugin.hooks'])
 _MODULES = ['fqvit_plugin.layers', 'fqvit_plugin.integer.classifier']
 LAYERS = Registry('model', parent=MMENGINE_MODELS, scope=_SCOPE, locations=_MODULES)
-OBSERVERS = Registry('observer', scope=_SCOPE, locations=['fqvit_plugin.observers'])
+OBSERVERS = Registry('observer', scope=_SCOPE, locations=['fqvit_plugin.observers', 'fqvit_plugin.searching'])
 QUANTIZERS = Registry('quantizer', scope=_SCOPE, locations=['fqvit_plugin.quantizers', 'fqvit_plugin.codebook'])
 _STEPS = [f'fqvit_plugin.steps.{name}' for name in ('equalize', 'rounding', 'tuning')]
 STEPS = Registry('step', scope=_SCOPE, locations=_STEPS)

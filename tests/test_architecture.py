@@ -25,6 +25,7 @@ ORDER = [
     'presets',
     'grids',
     'observers',
+    'searching',
     'quantizers',
     'codebook',
     'intmath',

@@ -59,10 +59,10 @@ class LayerFactory:
         """``function``, GELU for instance, and the quantizer of its result; overwrites its input."""
         return QActOf(function, self.scheme.operand).to(self.device)
 
-    def hidden(self, function: nn.Module, before: QLinear, after: QLinear | None) -> QActOf:
+    def hidden(self, function: nn.Module, before: Any, after: Any) -> QActOf:
         """``function`` between two linear layers, and the quantizer of its result.
 
-        Where ``after`` reads it as it is, channels may get copies.
+        Where ``after`` reads it as it is (None where something else does), channels may get copies.
         """
         splits = after is not None and isinstance(function, _SPLITTABLE)
         spec = self.scheme.hidden

@@ -30,7 +30,8 @@ class _QWeightLayer(QuantLayer):
     Under quant the weight is quantized once and kept as integers, a quarter of its size at 8 bits.
     """
 
-    weight: Any  # declared by the float layer
+    weight: Any  # declared by the float layer, as is the next
+    bias: Any
     weight_quantizer: Any
     weight_steps: Tensor | None  #: the frozen weight in whole steps of its scale
     tuned: Any = None  #: what stands in for weight and bias while rounding is tuned

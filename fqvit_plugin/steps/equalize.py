@@ -49,7 +49,7 @@ class Equalize(Step):
     def run(self, calibration: Calibration) -> None:
         """Change weights of the model, which get tensors of their own."""
         norms = list(_norms_and_readers(calibration.model)) if self.norms else []
-        attentions = [m for m in calibration.model.modules() if _is_plain(m)] if self.attention else []
+        attentions: list[Any] = [m for m in calibration.model.modules() if self.attention and _is_plain(m)]
         ends: dict[nn.Module, list[Tensor]] = {}
         handles = [norm.register_forward_hook(self._keeper(ends)) for norm, _ in norms]
         handles += [attn.qkv.register_forward_hook(self._keeper(ends)) for attn in attentions]

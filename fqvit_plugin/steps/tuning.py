@@ -197,6 +197,7 @@ def _commit(module: nn.Module) -> None:
 
 
 def _detach(module: nn.Module) -> None:
+    layer: Any
     for layer in module.modules():
         if getattr(layer, 'tuned', None) is not None:
             del layer.tuned
