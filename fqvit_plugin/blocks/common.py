@@ -70,7 +70,6 @@ class LayerFactory:
             spec = dataclasses.replace(spec, observer='minmax')
         act = QActOf(function, spec).to(self.device)
         if splits:
-            link(after, act)
             before._output_act = (act,)
         return act
 

@@ -129,10 +129,9 @@ class _QWeightLayer(QuantLayer):
         """The accumulators of ``product(steps of x, steps of the weight)``."""
         self._refreeze()
         assert self.weight_steps is not None
-        steps = self._fitting(self.weight_steps, x)
+        steps, scale, own = self._fitting(x, self.weight_steps, *self._beside)
         with full_precision(x):
             sums = product(whole_steps(x, act.scale), steps.float())
-        scale, own = self._beside
         return Sums(sums, (scale, act.scale), bias=own if bias is None else bias)
 
     def _quantized(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -140,14 +139,22 @@ class _QWeightLayer(QuantLayer):
         self._refreeze()
         if self.weight_steps is None:
             return self.weight_quantizer(self.weight), self.bias
-        steps = self._fitting(self.weight_steps, x)
-        scale, bias = self._beside
+        steps, scale, bias = self._fitting(x, self.weight_steps, *self._beside)
         scale = align(scale, steps, self.weight_quantizer.spec.axis)
         return steps.to(scale.dtype).mul_(scale), bias
 
-    def _fitting(self, weight: Tensor, x: Tensor) -> Tensor:
-        """``weight`` without copies of channels that ``x`` does not have, because it is in float."""
-        return weight[:, : x.shape[-1]] if weight.ndim == 2 and weight.shape[1] > x.shape[-1] else weight
+    def _fitting(self, x: Tensor, weight: Tensor, *of_rows: Any) -> tuple[Any, ...]:
+        """Weight, and what goes with its rows, without copies that the layer before or behind does not have.
+
+        Those are in float then: one tensor at a time is quantized, to see what it does.
+        """
+        rows, columns = self.copies
+        if columns is not None and weight.shape[1] > x.shape[-1]:
+            weight = weight[:, : x.shape[-1]]
+        if rows is not None and self._act('_output_act').phase not in (Phase.QUANT, Phase.TUNE):
+            own = len(self.weight)
+            weight, of_rows = weight[:own], tuple(t[:own] if t is not None and t.ndim else t for t in of_rows)
+        return (weight, *of_rows)
 
     def _precision(self, x: Tensor) -> AbstractContextManager:
         return full_precision(x) if self.phase is Phase.QUANT else nullcontext()
@@ -164,11 +171,10 @@ class _QWeightLayer(QuantLayer):
         if self.phase is Phase.LAST_CALIBRATE and not self.weight_quantizer.is_taken:
             self.weight_quantizer.observe(self.weight)
             self.weight_quantizer.take_qparams(self.weight)
-        after = self._act('_output_act')
-        if after is not None and after.phase is Phase.QUANT:  # one tensor at a time: sensitivity
-            weight, bias = self.expanded()
-            return self._fitting(weight, x), bias
-        return self.weight, self.bias
+        if self.copies == (None, None):
+            return self.weight, self.bias
+        weight, bias = self._fitting(x, *self.expanded())
+        return weight, bias
 
 
 @register
