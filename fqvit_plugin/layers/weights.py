@@ -75,7 +75,10 @@ class _QWeightLayer(QuantLayer):
         if rows is not None and scale.ndim:
             scale = torch.cat((scale, scale[rows[0]]))
         if getattr(quantizer, 'is_chosen', False):
-            return quantizer.codes, scale, quantizer.bias
+            # another quantizer without copies may stand in for the one beside, to see what it does
+            codes = quantizer.codes if rows is not None else quantizer.codes[: len(self.weight)]
+            codes = codes if columns is not None else codes[:, : self.weight.shape[1]]
+            return codes, scale, quantizer.bias[: len(codes)]
         _, bias = self.expanded()
         with torch.no_grad():
             steps = quantizer.steps(self.weight)
