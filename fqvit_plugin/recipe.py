@@ -55,6 +55,8 @@ def calibrate_(
             'checkpoint to the others'
         )
     kept = list(batches)
+    if not kept:
+        raise ValueError('no calibration batch: the calibration data set is empty')
     run = forward or lifecycle.forward_images
     model.eval()
     calibration = Calibration(model, kept, run, report)

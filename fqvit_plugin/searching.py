@@ -208,7 +208,8 @@ class SplitObserver(RangeObserver):
             raise RuntimeError('SplitObserver has observed nothing yet: call update(x) first')
         low, high = self.range
         limit = self._limit(high)
-        counts = (torch.ceil(high / limit - 1e-4) - 1).clamp_min(0).long()
+        # nothing above zero needs no copy
+        counts = (torch.ceil(high / limit.clamp_min(EPS) - 1e-4) - 1).clamp_min(0).long()
         self.copies = torch.repeat_interleave(torch.arange(len(high), device=high.device), counts)
         return low.min(), limit
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from ..layers import QConv2d, QLinear
 from ..lifecycle import set_phase
 from ..phase import Phase
+from ..quantizers import WeightQuantizer
 
-__all__ = ['Block', 'Calibration', 'Step', 'blocks_of', 'in_phase', 'weight_layers']
+__all__ = ['Block', 'Calibration', 'Step', 'blocks_of', 'in_phase', 'roundable', 'weight_layers']
 
 
 @dataclass
@@ -90,6 +91,17 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def weight_layers(module: nn.Module) -> list[tuple[str, Any]]:
     """Layers with a weight in ``module``, with their paths."""
     return [(name, m) for name, m in module.named_modules() if isinstance(m, (QConv2d, QLinear))]
+
+
+def roundable(module: nn.Module) -> list[Any]:
+    """Layers in ``module`` whose codes can be chosen: matrices of at most 8 bits with a scale for each row."""
+    return [m for _, m in weight_layers(module) if m.weight.ndim == 2 and _takes_codes(m.weight_quantizer)]
+
+
+def _takes_codes(quantizer: Any) -> bool:
+    spec = quantizer.spec
+    strict = spec.arithmetic == 'strict' and spec.bit_type.signed and spec.axis == 0
+    return isinstance(quantizer, WeightQuantizer) and strict and spec.bit_type.bits <= 8
 
 
 class Block:

@@ -27,6 +27,8 @@ class Equalize(Step):
     offsets into its bias. Queries and keys are divided and multiplied by the same factors, values divided by factors
     that the projection takes back. The float model computes what it computed, up to rounding.
 
+    Where a layer has no bias, or reads zeros beside the LayerNorm's tokens (windows that are padded), offsets stay.
+
     Args:
         norms: do so between LayerNorm and linear layers.
         attention: do so for queries, keys and values.
@@ -51,7 +53,10 @@ class Equalize(Step):
         norms = list(_norms_and_readers(calibration.model)) if self.norms else []
         attentions: list[Any] = [m for m in calibration.model.modules() if self.attention and _is_plain(m)]
         ends: dict[nn.Module, list[Tensor]] = {}
-        handles = [norm.register_forward_hook(self._keeper(ends)) for norm, _ in norms]
+        rows: dict[nn.Module, int] = {}
+        handles = [linear.register_forward_pre_hook(_counter(rows)) for _, readers in norms for linear in readers]
+        handles += [norm.register_forward_hook(self._keeper(ends)) for norm, _ in norms]
+        handles += [norm.register_forward_pre_hook(_counter(rows)) for norm, _ in norms]
         handles += [attn.qkv.register_forward_hook(self._keeper(ends)) for attn in attentions]
         try:
             for batch in calibration.batches:
@@ -60,7 +65,8 @@ class Equalize(Step):
             for handle in handles:
                 handle.remove()
         for norm, readers in norms:
-            self._equalize_norm(norm, readers, *self._range(ends[norm]))
+            offset = all(linear.bias is not None and rows[linear] == rows[norm] for linear in readers)
+            self._equalize_norm(norm, readers, *self._range(ends[norm]), offset)
         for attn in attentions:
             self._equalize_attention(attn, *self._range(ends[attn.qkv]))
 
@@ -79,13 +85,15 @@ class Equalize(Step):
         both = torch.stack(ends)
         return both[:, 0].amin(0), both[:, 1].amax(0)
 
-    def _equalize_norm(self, norm: QIntLayerNorm, readers: list[QLinear], low: Tensor, high: Tensor) -> None:
+    def _equalize_norm(
+        self, norm: QIntLayerNorm, readers: list[QLinear], low: Tensor, high: Tensor, offset: bool
+    ) -> None:
         factor = (high - low).clamp_min(1e-3) ** self.alpha
         factor = factor / factor.mean()
-        middle = (high + low) / 2
+        middle = (high + low) / 2 * offset
         for linear in readers:
-            bias = linear.weight @ middle
-            linear.bias = nn.Parameter(bias if linear.bias is None else linear.bias + bias)
+            if offset:
+                linear.bias = nn.Parameter(linear.bias + linear.weight @ middle)
             linear.weight = nn.Parameter(linear.weight * factor)
         norm.weight, norm.bias = nn.Parameter(norm.weight / factor), nn.Parameter((norm.bias - middle) / factor)
 
@@ -99,6 +107,13 @@ class Equalize(Step):
         if attn.qkv.bias is not None:
             attn.qkv.bias = nn.Parameter(attn.qkv.bias * factor)
         attn.proj.weight = nn.Parameter(attn.proj.weight * spread)
+
+
+def _counter(rows: dict[nn.Module, int]) -> Callable[..., None]:
+    def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+        rows[module] = rows.get(module, 0) + args[0].numel() // args[0].shape[-1]
+
+    return count
 
 
 def _is_plain(module: Any) -> bool:

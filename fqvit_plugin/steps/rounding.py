@@ -11,7 +11,7 @@ from torch import Tensor
 from ..lifecycle import quant
 from ..phase import Phase
 from ..registry import STEPS
-from .base import Block, Calibration, Step, in_phase, walk, weight_layers
+from .base import Block, Calibration, Step, in_phase, roundable, walk
 
 __all__ = ['Round', 'round_with_feedback', 'searched_scale']
 
@@ -47,7 +47,7 @@ class Round(Step):
     def _round_block(
         self, calibration: Calibration, block: Block, floats: list[Tensor], quants: list[Tensor]
     ) -> None:
-        layers = [layer for _, layer in weight_layers(block.module) if layer.weight.ndim == 2]
+        layers = roundable(block.module)
         means: dict[Any, Moments] = {layer: Moments() for layer in layers}
         order: list[Any] = []
 

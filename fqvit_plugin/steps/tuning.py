@@ -16,7 +16,7 @@ from ..lifecycle import quant, set_phase
 from ..phase import Phase
 from ..quantizers import UniformQuantizer
 from ..registry import STEPS
-from .base import Block, Calibration, Step, blocks_of, in_phase, walk, weight_layers
+from .base import Block, Calibration, Step, blocks_of, in_phase, roundable, walk, weight_layers
 
 __all__ = ['Tune']
 
@@ -129,7 +129,7 @@ class Tune(Step):
         try:
             for _ in range(steps):
                 optimizer.zero_grad()
-                loss().backward()
+                loss().backward(inputs=[*offsets, *others])  # the model's own parameters get no gradient
                 optimizer.step()
                 schedule.step()
                 with torch.no_grad():
@@ -171,11 +171,10 @@ def _attach(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         if isinstance(layer, QAct) and isinstance(layer.quantizer, UniformQuantizer) and _is_read(layer):
             layer.tuned = nn.Parameter(layer.scale.detach().log())
             others.append(layer.tuned)
-    for _, layer in weight_layers(module):
-        if layer.weight.ndim == 2:
-            layer.tuned = _Tuned(layer)
-            offsets.append(layer.tuned.offset)
-            others += [] if layer.tuned.bias is None else [layer.tuned.bias]
+    for layer in roundable(module):
+        layer.tuned = _Tuned(layer)
+        offsets.append(layer.tuned.offset)
+        others += [] if layer.tuned.bias is None else [layer.tuned.bias]
     return offsets, others
 
 
