@@ -101,6 +101,8 @@ def get_scheme(
     probs_quantizer = 'log2' if lis or attn_type.bits < 8 else 'uniform'
     if steps is None:
         steps = SCHEMES[name].get('steps', ()) if arithmetic == 'strict' else ()
+    if steps and arithmetic == 'reference':
+        raise ValueError(f"steps need preset='strict'; the reference has none, got {steps!r}")
     return QuantScheme(
         name=name,
         weight=weight,
