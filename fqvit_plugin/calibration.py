@@ -173,9 +173,12 @@ def calibrate_on_(model: nn.Module, data: CalibrationSet, logger: MMLogger) -> i
 
     run = forward_of(classifier)
 
-    def forward(model: Any, batch: Any) -> None:
-        run(model, batch)
-        logger.info(f'calibration: batch {min(next(turns) * dist.get_world_size(), total)}/{total}')
+    def forward(model: Any, batch: Any) -> Any:
+        out = run(model, batch)
+        done = next(turns) * dist.get_world_size()
+        if done < total + dist.get_world_size():  # steps of the recipe pass over them again
+            logger.info(f'calibration: batch {min(done, total)}/{total}')
+        return out
 
     if dist.get_world_size() == 1:
         calibrate_(classifier, data.load(data.batches), forward, report=logger.info)

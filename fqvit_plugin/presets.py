@@ -101,13 +101,15 @@ def get_scheme(
     probs_quantizer = 'log2' if lis or attn_type.bits < 8 else 'uniform'
     if steps is None:
         steps = SCHEMES[name].get('steps', ()) if arithmetic == 'strict' else ()
+    if steps and arithmetic == 'reference':
+        raise ValueError(f"steps need preset='strict'; the reference has none, got {steps!r}")
     return QuantScheme(
         name=name,
         weight=weight,
         edge_weight=dataclasses.replace(weight, bit_type=BitType(edge, True)),
         act=act,
         operand=operand,
-        hidden=_hidden(dataclasses.replace(act, bit_type=operand.bit_type)),
+        hidden=_hidden(dataclasses.replace(act, bit_type=operand.bit_type), levels=low),
         branch=act if arithmetic == 'reference' else by_channel(act),
         norm_input=norm_input,
         probs=dataclasses.replace(act, bit_type=attn_type, quantizer=probs_quantizer),
@@ -120,9 +122,9 @@ def get_scheme(
     )
 
 
-def _hidden(act: QuantSpec) -> QuantSpec:
-    """The recipe of hidden activations, in strict arithmetic with splits and levels."""
-    if act.arithmetic == 'reference':
+def _hidden(act: QuantSpec, levels: bool) -> QuantSpec:
+    """The recipe of hidden activations, in strict arithmetic with splits, and with levels where bits are few."""
+    if act.arithmetic == 'reference' or (act.bit_type.bits < 8 and not levels):
         return act
     if act.observer == 'minmax':
         return dataclasses.replace(act, quantizer='hidden', observer='split', observer_options=())

@@ -460,6 +460,25 @@ def test_bad_steps_are_refused(steps, message):
         fq.get_scheme('fqvit_w4a4', steps=steps)
 
 
+def test_steps_in_the_reference_are_refused():
+    with pytest.raises(ValueError, match="steps need preset='strict'; the reference has none, got \\['round'\\]"):
+        fq.get_scheme('fqvit_w4a4', preset='reference', steps=['round'])
+
+
+@pytest.mark.parametrize('name', ['beit', 'eva02', 'swinv2', 'mvit', 'davit'])
+def test_other_families_take_all_steps(name):
+    make, size = ZOO[name]
+    data = models.batches(2, size)
+    tune = dict(TUNE, block_steps=1, model_steps=1, batch_size=2)
+    model = recalibrated(make, data, 'fqvit_w4a4', ['equalize', 'round', tune])
+    assert_at_rest(model)
+    floats = logits(model, data)
+    original = logits(make(), data)
+    assert (floats - original).abs().max() < 3e-6 * original.abs().max()
+    quant(model)
+    assert mse(logits(model, data), floats) < 0.3 * float(floats.var())
+
+
 def test_several_processes_are_refused():
     model = models.vit()
     fq.quantize_model_(model, fq.get_scheme('fqvit_w4a4'))

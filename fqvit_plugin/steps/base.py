@@ -21,7 +21,7 @@ from ..lifecycle import set_phase
 from ..phase import Phase
 from ..quantizers import WeightQuantizer
 
-__all__ = ['Block', 'Calibration', 'Step', 'blocks_of', 'in_phase', 'roundable', 'weight_layers']
+__all__ = ['Block', 'Calibration', 'Step', 'blocks_of', 'in_phase', 'roundable', 'walk', 'weight_layers']
 
 
 @dataclass
