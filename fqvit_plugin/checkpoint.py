@@ -34,7 +34,7 @@ __all__ = [
 _KEY = 'fqvit'
 #: Buffers of quantizers that are empty until a step or a search fills them.
 _ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels')
-_FORMAT = 3  # 1: schemes without `branch`, one zero point for a residual stream
+_FORMAT = 3  # 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies
 
 
 @dataclass(frozen=True)
