@@ -10,24 +10,19 @@ from .convert import convert_state_dict
 from .hooks import QuantHook
 from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .lifecycle import (
-    calibrate_,
     close_calibrate,
     dequant,
     open_calibrate,
     open_last_calibrate,
     quant,
 )
-from .observers import (
-    EmaObserver,
-    MinMaxObserver,
-    Observer,
-    OmseObserver,
-    PercentileObserver,
-    PtfObserver,
-)
+from .observers import EmaObserver, MinMaxObserver, Observer, PercentileObserver
+from .presets import get_scheme
 from .quantizers import Log2Quantizer, Quantizer, UniformQuantizer
-from .registry import OBSERVERS, QUANTIZERS
-from .scheme import BitType, QuantScheme, QuantSpec, get_scheme
+from .recipe import calibrate_
+from .registry import OBSERVERS, QUANTIZERS, STEPS
+from .scheme import BitType, QuantScheme, QuantSpec
+from .searching import MseObserver, OmseObserver, PtfObserver, SplitObserver
 from .surgery import quantize_model_, register_family
 
 __version__ = '0.1.0'
@@ -35,10 +30,12 @@ __version__ = '0.1.0'
 __all__ = [
     'OBSERVERS',
     'QUANTIZERS',
+    'STEPS',
     'BitType',
     'EmaObserver',
     'Log2Quantizer',
     'MinMaxObserver',
+    'MseObserver',
     'Observer',
     'OmseObserver',
     'PercentileObserver',
@@ -52,6 +49,7 @@ __all__ = [
     'QuantScheme',
     'QuantSpec',
     'Quantizer',
+    'SplitObserver',
     'UniformQuantizer',
     'calibrate_',
     'close_calibrate',

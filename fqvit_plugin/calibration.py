@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .blocks.common import is_quantized
 from .distributed import RankSync, deal
-from .lifecycle import calibrate_
+from .recipe import calibrate_
 from .surgery import find_classifier
 
 __all__ = ['CalibrationSet', 'calibrate_on_', 'image_names']
@@ -173,12 +173,15 @@ def calibrate_on_(model: nn.Module, data: CalibrationSet, logger: MMLogger) -> i
 
     run = forward_of(classifier)
 
-    def forward(model: Any, batch: Any) -> None:
-        run(model, batch)
-        logger.info(f'calibration: batch {min(next(turns) * dist.get_world_size(), total)}/{total}')
+    def forward(model: Any, batch: Any) -> Any:
+        out = run(model, batch)
+        done = next(turns) * dist.get_world_size()
+        if done < total + dist.get_world_size():  # steps of the recipe pass over them again
+            logger.info(f'calibration: batch {min(done, total)}/{total}')
+        return out
 
     if dist.get_world_size() == 1:
-        calibrate_(classifier, data.load(data.batches), forward)
+        calibrate_(classifier, data.load(data.batches), forward, report=logger.info)
     else:
         calibrate_(classifier, data.load(deal(data.batches)), forward, sync=RankSync())
     return len(data.indices)

@@ -32,7 +32,9 @@ __all__ = [
 ]
 
 _KEY = 'fqvit'
-_FORMAT = 2  # 1: schemes without `branch`, one zero point for a residual stream
+#: Buffers of quantizers that are empty until a step or a search fills them.
+_ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels')
+_FORMAT = 3  # 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,14 @@ def load_calibrated_(model: nn.Module, state: CalibratedState) -> None:
     if unknown := sorted(set(own) ^ set(state.buffers)):
         raise ValueError(f'the calibrated checkpoint is of another model: {unknown[0]} is only on one side')
     for key, value in state.buffers.items():
-        if own[key].shape != value.shape:
+        if own[key].shape != value.shape and not (key.endswith(_ANY_LENGTH) and own[key].numel() == 0):
             raise ValueError(
                 f'the calibrated checkpoint is of another model: {key} has shape {tuple(value.shape)}, '
                 f'the model wants {tuple(own[key].shape)}'
             )
     with torch.no_grad():
         for key, value in state.buffers.items():
-            own[key].copy_(value)
+            own[key].resize_(value.shape).copy_(value)
 
 
 #: Parameters that MMPretrain resizes while loading, for another image or window size.

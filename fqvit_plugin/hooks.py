@@ -26,9 +26,10 @@ from .checkpoint import (
     unwrap_,
 )
 from .lifecycle import quant
+from .presets import parse_scheme
 from .registry import HOOKS
 from .report import Report
-from .scheme import QuantScheme, parse_scheme
+from .scheme import QuantScheme
 from .surgery import check_model, find_classifier, quantize_model_
 
 __all__ = ['QuantHook']

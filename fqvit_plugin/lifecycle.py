@@ -39,6 +39,7 @@ __all__ = [
     'open_last_calibrate',
     'phase_of',
     'quant',
+    'set_phase',
 ]
 
 
@@ -66,7 +67,8 @@ def _layers(model: nn.Module) -> Iterator[QuantLayer]:
     return (module for module in model.modules() if isinstance(module, QuantLayer))
 
 
-def _set_phase(model: nn.Module, phase: Phase) -> None:
+def set_phase(model: nn.Module, phase: Phase) -> None:
+    """Put all Q layers of ``model`` into ``phase``, without asking whether they are ready for it."""
     for layer in _layers(model):
         layer.phase = phase
 
@@ -87,7 +89,7 @@ def open_calibrate(model: nn.Module) -> None:
     for name, quantizer in named_quantizers(model):
         quantizer.name = name
         quantizer.reset()
-    _set_phase(model, Phase.CALIBRATE)
+    set_phase(model, Phase.CALIBRATE)
 
 
 def open_last_calibrate(model: nn.Module) -> None:
@@ -97,7 +99,7 @@ def open_last_calibrate(model: nn.Module) -> None:
         RuntimeError: calibration is not open.
     """
     _require(model, Phase.CALIBRATE, 'open the last calibration of', 'call open_calibrate first')
-    _set_phase(model, Phase.LAST_CALIBRATE)
+    set_phase(model, Phase.LAST_CALIBRATE)
 
 
 def close_calibrate(model: nn.Module) -> None:
@@ -107,7 +109,7 @@ def close_calibrate(model: nn.Module) -> None:
         RuntimeError: there was no last batch, or some layer never saw one; nothing changes then but the phase.
     """
     phase = phase_of(model)
-    _set_phase(model, Phase.FLOAT)
+    set_phase(model, Phase.FLOAT)
     if phase is not Phase.LAST_CALIBRATE:
         raise RuntimeError(
             f'cannot close calibration in phase {phase.value!r}: call open_calibrate, run batches, call '
@@ -133,7 +135,7 @@ def quant(model: nn.Module) -> None:
         raise RuntimeError(f'not calibrated: {_some(unset)}. Calibrate, or load a calibrated checkpoint, first')
     for layer in _layers(model):
         layer.freeze()
-    _set_phase(model, Phase.QUANT)
+    set_phase(model, Phase.QUANT)
 
 
 def dequant(model: nn.Module) -> None:
@@ -146,7 +148,7 @@ def dequant(model: nn.Module) -> None:
         raise RuntimeError('cannot dequant a model that is calibrating: call close_calibrate first')
     for layer in _layers(model):
         layer.thaw()
-    _set_phase(model, Phase.FLOAT)
+    set_phase(model, Phase.FLOAT)
 
 
 @contextmanager
@@ -156,7 +158,7 @@ def calibrating(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        _set_phase(model, Phase.FLOAT)
+        set_phase(model, Phase.FLOAT)
         for _, quantizer in named_quantizers(model):
             quantizer.reset()
         raise

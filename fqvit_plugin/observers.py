@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from .functional import (
-    EPS,
     Arithmetic,
     affine_qparams,
     flatten_channels,
     symmetric_qparams,
 )
-from .grids import Grids
 from .registry import OBSERVERS
 
 if TYPE_CHECKING:
@@ -29,9 +27,7 @@ __all__ = [
     'EmaObserver',
     'MinMaxObserver',
     'Observer',
-    'OmseObserver',
     'PercentileObserver',
-    'PtfObserver',
     'RangeObserver',
 ]
 
@@ -269,99 +265,3 @@ def _ends(rows: Tensor, count: int, largest: bool) -> Tensor:
     chosen = extremes.topk(count, dim=1, largest=largest, sorted=False).indices  # (C, count)
     candidates = body.gather(1, chosen[:, :, None].expand(-1, -1, width)).flatten(1)
     return torch.cat((candidates, rows[:, cut:]), dim=1).topk(count, dim=1, largest=largest).values
-
-
-@OBSERVERS.register_module(name=['omse', 'OmseObserver'])
-class OmseObserver(RangeObserver):
-    """The min-max range, shrunk by the factor that gives the last batch the least squared error.
-
-    Ninety candidates, both ends shrunk together by 0 to 89 %. Strict arithmetic scores every channel on its own
-    and keeps signed types symmetric; the reference scores all channels together and is always affine.
-
-    Source: Choukroun et al., Low-bit quantization of neural networks for efficient inference, ICCVW 2019.
-    """
-
-    candidates = 90
-    step = 0.01
-
-    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The candidate of least squared error on ``x``; the first one on a tie."""
-        lo, hi = self.bounds()
-        grids = [self._candidate(lo * s, hi * s) for s in (1.0 - i * self.step for i in range(self.candidates))]
-        scales = torch.stack([scale for scale, _ in grids]).reshape(self.candidates, -1)
-        zero_points = torch.stack([zp for _, zp in grids]).reshape(self.candidates, -1)
-        candidates = Grids(scales, zero_points, self.bit_type, self.arithmetic)
-        rows = flatten_channels(x.detach().float(), self.axis)
-        best = candidates.best(rows, jointly=self.arithmetic == 'reference').expand(scales.shape[1])[None]
-        scale, zero_point = scales.gather(0, best)[0], zero_points.gather(0, best)[0]
-        return (scale, zero_point) if self.channels_kept else (scale[0], zero_point[0])
-
-    def _candidate(self, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
-        if self.arithmetic == 'reference':
-            return affine_qparams(lo, hi, self.bit_type.qmin, self.bit_type.qmax, self.arithmetic)
-        return self._grid(lo, hi)
-
-
-@OBSERVERS.register_module(name=['ptf', 'PtfObserver'])
-class PtfObserver(RangeObserver):
-    """Power-of-Two Factor: one scale for the tensor, times ``2**k`` per channel.
-
-    ``scale_c = s * 2**k_c``, where ``k_c`` is the factor of least squared error on the last batch, the smallest one
-    on a tie, which gives a dead channel 0.
-
-    Strict arithmetic has eight factors and a zero point for each channel. The largest factor covers the channel of
-    the widest range; a channel's candidates have the zero point of its own range, shrunk at both ends alike where
-    the candidate is too narrow for it. The reference has four factors, the largest of which covers the range of the
-    whole tensor, whose zero point all channels share.
-
-    Args:
-        factors: how many powers of two to choose from, 1 to 8; by default 8 in strict arithmetic, 4 in the reference.
-        shared_zero_point: as the reference; the default is as the arithmetic says.
-
-    Source: FQ-ViT, section 4.1. The paper's equation 10 has the zero point from ``s``; its code, which made its
-    table, takes it from the largest factor's scale, and so does the reference here.
-    """
-
-    def __init__(
-        self,
-        bit_type: BitType,
-        *,
-        axis: int | None = None,
-        arithmetic: Arithmetic = 'strict',
-        factors: int | None = None,
-        shared_zero_point: bool | None = None,
-    ) -> None:
-        super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
-        strict = arithmetic == 'strict'
-        self.factors = factors if factors is not None else (8 if strict else 4)
-        self.shared_zero_point = shared_zero_point if shared_zero_point is not None else not strict
-        if self.factors not in range(1, 9):
-            raise ValueError(f'factors of the ptf observer must be a whole number from 1 to 8, got {factors!r}')
-        if axis is None:
-            raise ValueError(
-                'the ptf observer gives every channel a factor of its own, so it needs an axis; ptf=True puts it '
-                'where it belongs, on the inputs of LayerNorm'
-            )
-
-    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales of shape (C,); zero points of the same, or the shared one of shape ()."""
-        lo, hi = self.bounds()
-        ends = (lo.min(), hi.max()) if self.shared_zero_point else (lo, hi)
-        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
-        covering, zero_point = affine_qparams(*ends, qmin, qmax, self.arithmetic)
-        base = covering.max() / 2 ** (self.factors - 1)
-        scales = torch.stack([base * 2**k for k in range(self.factors)])[:, None]  # (K, 1)
-        shared = self.shared_zero_point
-        zero_points = zero_point.expand_as(scales) if shared else self._zero_points(scales, lo, hi)
-        grids = Grids(scales, zero_points, self.bit_type, self.arithmetic)
-        rows = flatten_channels(x.detach().float(), self.axis)
-        best = grids.errors(rows, grids.workspace(rows)).argmin(dim=0)  # (C,)
-        return base * torch.exp2(best), zero_point if shared else zero_points.gather(0, best[None])[0]
-
-    def _zero_points(self, scales: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        """(K, C) int32, of ranges ``lo`` to ``hi`` (C,) on grids of (K, 1) ``scales``."""
-        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
-        lo, hi = lo.clamp_max(0), hi.clamp_min(0)  # zero stays on the grid
-        fitting = (scales * (qmax - qmin) / (hi - lo).clamp_min(EPS)).clamp_max(1)  # (K, C)
-        zero_points = qmin - torch.round(lo * fitting / scales)
-        return zero_points.clamp(qmin, qmax).to(torch.int32)

@@ -76,6 +76,10 @@ def _change_(layer: Any, override: Override, device: torch.device) -> None:
         spec = layer.quantizer.spec
         if override.act_bits is not None:
             spec = _with_bits(spec, override.act_bits)
+            if spec.quantizer == 'hidden' and override.act_bits != 8 and not layer.quantizer.level_count:
+                # levels are for recipes of few bits; here a uniform grid is meant, which every export knows
+                observer = 'minmax' if spec.observer == 'split' else spec.observer
+                spec = dataclasses.replace(spec, quantizer='uniform', observer=observer)
         if override.observer is not None and _is_about(layer, 'observer'):
             axis, options = spec.axis, override.observer_options
             spec = dataclasses.replace(spec, observer=override.observer, axis=None, observer_options=options)

@@ -22,6 +22,7 @@ class Phase(enum.Enum):
     CALIBRATE = 'calibrate'  #: observe; the pass stays float
     LAST_CALIBRATE = 'last calibrate'  #: observe and take parameters; the pass stays float
     QUANT = 'quant'  #: quantize
+    TUNE = 'tune'  #: quantize so that gradients pass, while rounding is tuned
 
 
 def full_precision(*operands: Tensor) -> AbstractContextManager:
@@ -43,10 +44,16 @@ class QuantLayer(nn.Module):
             return x
         if self.phase is Phase.QUANT:
             return quantizer(x, inplace)
+        if self.phase is Phase.TUNE:
+            return self.soft(x, quantizer)
         quantizer.observe(x)
         if self.phase is Phase.LAST_CALIBRATE:
             quantizer.take_qparams(x)
         return x
+
+    def soft(self, x: Tensor, quantizer: Quantizer) -> Tensor:
+        """``x`` on the grid, with the gradient of ``x`` itself (straight-through)."""
+        return x + (quantizer(x.detach()) - x).detach()
 
     def freeze(self) -> None:
         """Prepare what stays constant under quant; called when that phase is entered."""

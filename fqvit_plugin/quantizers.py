@@ -15,7 +15,7 @@ from .functional import Arithmetic, align, log2_codes, log2_dequantize, quantize
 from .registry import QUANTIZERS, lookup
 from .scheme import QuantSpec
 
-__all__ = ['Log2Quantizer', 'Quantizer', 'UniformQuantizer', 'build_quantizer']
+__all__ = ['Log2Quantizer', 'Quantizer', 'UniformQuantizer', 'WeightQuantizer', 'build_quantizer']
 
 
 class Quantizer(nn.Module, ABC):
@@ -59,10 +59,15 @@ class Quantizer(nn.Module, ABC):
     def is_calibrated(self) -> bool:
         """Whether parameters are in force."""
 
+    @property
+    def code_name(self) -> str:
+        """What its codes are, for reports."""
+        return self.spec.bit_type.name
+
     def extra_repr(self) -> str:
         """Bits, observer and axis, for ``print(model)``."""
         axis = '' if self.spec.axis is None else f', axis={self.spec.axis}'
-        return f'{self.spec.bit_type.name}, {self.spec.observer}{axis}'
+        return f'{self.code_name}, {self.spec.observer}{axis}'
 
 
 @QUANTIZERS.register_module(name=['uniform', 'UniformQuantizer'])
@@ -161,6 +166,37 @@ class UniformQuantizer(Quantizer):
     @property
     def _limits(self) -> tuple[int, int, Arithmetic]:
         return self.spec.bit_type.qmin, self.spec.bit_type.qmax, self.spec.arithmetic
+
+
+class WeightQuantizer(UniformQuantizer):
+    """The grid of a weight, and codes that a step of the recipe chose in place of the nearest.
+
+    Buffers, empty where nothing was chosen:
+        codes: int8, the weight in whole steps.
+        bias: (O,) float32, the bias that goes with them.
+    """
+
+    codes: Tensor
+    bias: Tensor
+
+    def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
+        super().__init__(spec, channels)
+        self.register_buffer('codes', torch.zeros(0, dtype=torch.int8))
+        self.register_buffer('bias', torch.zeros(0))
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether codes were chosen."""
+        return bool(self.codes.numel())
+
+    def choose(self, codes: Tensor, bias: Tensor) -> None:
+        """Put ``codes`` and ``bias`` in force."""
+        self.codes, self.bias = codes.to(torch.int8), bias.detach().float()
+
+    def commit(self) -> None:
+        """Write scale and zero point; codes of an earlier grid go."""
+        super().commit()
+        self.choose(self.codes.new_zeros(0), self.bias.new_zeros(0))
 
 
 @QUANTIZERS.register_module(name=['log2', 'Log2Quantizer'])

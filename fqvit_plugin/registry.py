@@ -5,7 +5,7 @@ scope, so ``type='fqvit_plugin.QuantHook'`` resolves with no import at all: MMEn
 ``fqvit_plugin.registry`` when it meets the scope. The same classes are also put into MMPretrain's registries,
 where they are found without a scope once ``fqvit_plugin`` was imported (``custom_imports``).
 
-``OBSERVERS`` and ``QUANTIZERS`` are what a user extends::
+``OBSERVERS``, ``QUANTIZERS`` and ``STEPS`` are what a user extends::
 
     @OBSERVERS.register_module()
     class MyObserver(Observer): ...
@@ -19,15 +19,17 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import Registry
 
-__all__ = ['HOOKS', 'LAYERS', 'OBSERVERS', 'QUANTIZERS', 'lookup']
+__all__ = ['HOOKS', 'LAYERS', 'OBSERVERS', 'QUANTIZERS', 'STEPS', 'lookup']
 
 _SCOPE = 'fqvit_plugin'
 
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=_SCOPE, locations=['fqvit_plugin.hooks'])
 _MODULES = ['fqvit_plugin.layers', 'fqvit_plugin.integer.classifier']
 LAYERS = Registry('model', parent=MMENGINE_MODELS, scope=_SCOPE, locations=_MODULES)
-OBSERVERS = Registry('observer', scope=_SCOPE, locations=['fqvit_plugin.observers'])
-QUANTIZERS = Registry('quantizer', scope=_SCOPE, locations=['fqvit_plugin.quantizers'])
+OBSERVERS = Registry('observer', scope=_SCOPE, locations=['fqvit_plugin.observers', 'fqvit_plugin.searching'])
+QUANTIZERS = Registry('quantizer', scope=_SCOPE, locations=['fqvit_plugin.quantizers', 'fqvit_plugin.codebook'])
+_STEPS = [f'fqvit_plugin.steps.{name}' for name in ('equalize', 'rounding', 'tuning')]
+STEPS = Registry('step', scope=_SCOPE, locations=_STEPS)
 
 
 def lookup(registry: Registry, name: str) -> type:

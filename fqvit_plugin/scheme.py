@@ -7,29 +7,28 @@ here and names the field, the value and what is allowed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from .functional import Arithmetic
-from .registry import OBSERVERS, QUANTIZERS, lookup
+from .registry import OBSERVERS, QUANTIZERS, STEPS, lookup
 
 if TYPE_CHECKING:
     from .observers import Observer
 
 __all__ = [
-    'SCHEME_NAMES',
+    'PRESETS',
     'BitType',
     'Override',
     'QuantScheme',
     'QuantSpec',
+    'StepSpec',
     'by_channel',
-    'get_scheme',
-    'parse_scheme',
+    'parse_observer',
+    'require_bool',
 ]
 
-#: scheme name -> bits of the attention probabilities
-SCHEME_NAMES = {'fqvit_w8a8': 8, 'fqvit_w8a8_attn4': 4}
 PRESETS = ('strict', 'reference')
 
 
@@ -156,7 +155,7 @@ class Override:
     def parse(cls, value: Mapping[str, Any] | Override) -> Override:
         """Read ``dict(layers='backbone.layers.*.ffn.*', weight_bits=4, observer='percentile')``.
 
-        ``layers`` is a pattern or a list of them; ``observer`` a name, or a dict as :func:`get_scheme` takes it.
+        ``layers`` is a pattern or a list of them; ``observer`` a name, or a dict as ``get_scheme`` takes it.
 
         Raises:
             ValueError: an unknown field, no pattern, or a width or observer there is not.
@@ -170,7 +169,7 @@ class Override:
             raise ValueError(f'unknown field {unknown[0]!r} of an override; there is: layers, {", ".join(_CHANGES)}')
         layers = values.pop('layers', ())
         if (observer := values.pop('observer', None)) is not None:
-            values['observer'], values['observer_options'] = _parse_observer(observer)
+            values['observer'], values['observer_options'] = parse_observer(observer)
         return cls(layers=(layers,) if isinstance(layers, str) else tuple(layers), **values)
 
 
@@ -178,13 +177,60 @@ _CHANGES = ('weight_bits', 'act_bits', 'attn_bits', 'observer')
 
 
 @dataclass(frozen=True)
+class StepSpec:
+    """A step of calibration beyond finding ranges, by its name in ``STEPS`` and its options, as sorted pairs."""
+
+    name: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        self.build()
+
+    def build(self) -> Any:
+        """The step.
+
+        Raises:
+            ValueError: unknown step, or one that does not take these options.
+        """
+        step = lookup(STEPS, self.name)
+        try:
+            return step(**dict(self.options))
+        except TypeError as error:
+            reason = str(error).split('() ')[-1]
+            raise ValueError(f'step {self.name!r} does not take {dict(self.options)}: {reason}') from None
+
+    @classmethod
+    def parse(cls, value: str | Mapping[str, Any] | StepSpec) -> StepSpec:
+        """Read ``'round'`` or ``dict(type='round', damp=0.01)``.
+
+        Raises:
+            ValueError: neither of these forms, or not to be built.
+        """
+        if isinstance(value, StepSpec):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        if not isinstance(value, Mapping) or 'type' not in value:
+            raise ValueError(f"a step must be a name or dict(type='round', ...), got {value!r}")
+        options = {k: v for k, v in value.items() if k not in ('_scope_', 'type')}
+        return cls(value['type'], tuple(sorted(options.items())))
+
+
+#: Fields of a scheme that say how a kind of tensor is quantized.
+_SPECS = ('weight', 'edge_weight', 'act', 'operand', 'hidden', 'branch', 'norm_input', 'probs')
+
+
+@dataclass(frozen=True)
 class QuantScheme:
-    """How every kind of tensor of a vision transformer becomes integer codes; see :func:`get_scheme`.
+    """How every kind of tensor of a vision transformer becomes integer codes; see :mod:`fqvit_plugin.presets`.
 
     Args:
         name: what the recipe is called in reports and checkpoints.
-        weight: weights of convolutions and linear layers; axis 0 keeps its own scale.
-        act: activations.
+        weight: weights of the blocks' linear layers; axis 0 keeps its own scale.
+        edge_weight: weights outside of blocks: patch embedding and classifier.
+        act: activations that no block multiplies: image, embeddings, attention logits, features, class logits.
+        operand: activations that products in blocks read: outputs of LayerNorm, query, key, value, context.
+        hidden: what an MLP holds between its linear layers.
         branch: what attention and MLP hand to the residual sum; in strict arithmetic a scale for each channel.
         norm_input: the residual stream, which every LayerNorm reads (Power-of-Two Factor lives here).
         probs: attention probabilities.
@@ -192,11 +238,15 @@ class QuantScheme:
         int_norm: integer LayerNorm instead of a float one with quantized output.
         input_quant: quantize the normalized image too.
         overrides: what some layers do otherwise; of two that match a layer, the later one holds.
+        steps: what calibration does beyond finding ranges, in order.
     """
 
     name: str
     weight: QuantSpec
+    edge_weight: QuantSpec
     act: QuantSpec
+    operand: QuantSpec
+    hidden: QuantSpec
     branch: QuantSpec
     norm_input: QuantSpec
     probs: QuantSpec
@@ -204,10 +254,11 @@ class QuantScheme:
     int_norm: bool
     input_quant: bool
     overrides: tuple[Override, ...] = ()
+    steps: tuple[StepSpec, ...] = ()
 
     def __post_init__(self) -> None:
         for field in ('log_int_softmax', 'int_norm', 'input_quant'):
-            _require_bool(field, getattr(self, field))
+            require_bool(field, getattr(self, field))
 
     @property
     def arithmetic(self) -> Arithmetic:
@@ -227,12 +278,13 @@ class QuantScheme:
         """
         try:
             values = dict(data)
-            for field in ('weight', 'act', 'branch', 'norm_input', 'probs'):
+            for field in _SPECS:
                 spec = dict(values[field])
                 spec['bit_type'] = BitType(**spec['bit_type'])
-                spec['observer_options'] = tuple((k, v) for k, v in spec['observer_options'])
+                spec['observer_options'] = _pairs(spec['observer_options'])
                 values[field] = QuantSpec(**spec)
             values['overrides'] = tuple(_read_override(item) for item in values.get('overrides', ()))
+            values['steps'] = tuple(StepSpec(s['name'], _pairs(s['options'])) for s in values['steps'])
             return cls(**values)
         except KeyError as error:
             raise ValueError(f'not a quantization scheme of this version: it says nothing of {error}') from None
@@ -245,8 +297,13 @@ class QuantScheme:
 
 
 def _read_override(data: Mapping[str, Any]) -> Override:
-    options = tuple((k, v) for k, v in data['observer_options'])
-    return Override(**{**data, 'layers': tuple(data['layers']), 'observer_options': options})
+    return Override(
+        **{**data, 'layers': tuple(data['layers']), 'observer_options': _pairs(data['observer_options'])}
+    )
+
+
+def _pairs(items: Any) -> tuple[tuple[str, Any], ...]:
+    return tuple((key, value) for key, value in items)
 
 
 def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = '') -> list[str]:
@@ -259,77 +316,6 @@ def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str
     return lines
 
 
-def get_scheme(
-    name: str,
-    *,
-    observer: str | Mapping[str, Any] = 'minmax',
-    ptf: bool = True,
-    lis: bool = True,
-    preset: str = 'strict',
-    input_quant: bool = True,
-    overrides: Sequence[Mapping[str, Any] | Override] = (),
-    **bits: int,
-) -> QuantScheme:
-    """The named recipe of FQ-ViT.
-
-    Args:
-        name: ``'fqvit_w8a8'`` (8-bit softmax codes) or ``'fqvit_w8a8_attn4'`` (4-bit ones).
-        observer: range finder of the activations: ``'minmax'``, ``'ema'``, ``'percentile'``, ``'omse'``, a
-            name you registered, or ``dict(type='percentile', alpha=0.9999)`` with its options.
-        ptf: Power-of-Two Factor on the inputs of every LayerNorm.
-        lis: Log-Int-Softmax; without it the softmax is float and its output is quantized, uniformly at 8 bits
-            and on the log2 grid below (4 uniform bits lose nearly all accuracy: paper, table 4).
-        preset: ``'strict'``, or ``'reference'`` for the published implementation's numbers.
-        input_quant: quantize the input image (the paper: on for DeiT and Swin, off for ViT).
-        overrides: what some layers do otherwise, ``dict(layers='backbone.*.ffn.*', weight_bits=4)`` each; see
-            :class:`Override`.
-        bits: ``weight_bits``, ``act_bits``, ``attn_bits``, each 2 to 16, to depart from the name.
-
-    Returns:
-        A frozen :class:`QuantScheme`.
-
-    Raises:
-        ValueError: unknown name, observer, preset or keyword, or bits outside 2 to 16.
-
-    Source: Lin et al., FQ-ViT, IJCAI 2022, sections 3 and 4.
-    """
-    if name not in SCHEME_NAMES:
-        raise ValueError(f'unknown scheme {name!r}; there is: {", ".join(SCHEME_NAMES)}')
-    if preset not in PRESETS:
-        raise ValueError(f'unknown preset {preset!r}; there is: {", ".join(PRESETS)}')
-    for flag, value in (('ptf', ptf), ('lis', lis), ('input_quant', input_quant)):
-        _require_bool(flag, value)
-    known = {'weight_bits': 8, 'act_bits': 8, 'attn_bits': SCHEME_NAMES[name]}
-    if unknown := sorted(set(bits) - set(known)):
-        raise ValueError(f'unknown option {unknown[0]!r} of get_scheme; bits are set by {", ".join(known)}')
-    known.update(bits)
-    arithmetic = cast(Arithmetic, preset)
-    observer_name, options = _parse_observer(observer)
-    weight = QuantSpec(BitType(known['weight_bits'], True), axis=0, arithmetic=arithmetic)
-    act = QuantSpec(
-        BitType(known['act_bits'], False),
-        observer_name,
-        arithmetic=arithmetic,
-        observer_options=options,
-    )
-    norm_input = dataclasses.replace(act, observer='ptf', observer_options=(), axis=-1) if ptf else act
-    attn_type = BitType(known['attn_bits'], False)
-    probs_quantizer = 'log2' if lis or attn_type.bits < 8 else 'uniform'
-    return QuantScheme(
-        name=name,
-        weight=weight,
-        act=act,
-        branch=act if arithmetic == 'reference' else by_channel(act),
-        norm_input=norm_input,
-        probs=dataclasses.replace(act, bit_type=attn_type, quantizer=probs_quantizer),
-        log_int_softmax=lis,
-        # The reference keeps LayerNorm in float where it has no PTF; strict arithmetic never needs to.
-        int_norm=ptf or arithmetic == 'strict',
-        input_quant=input_quant,
-        overrides=_parse_overrides(overrides),
-    )
-
-
 def by_channel(spec: QuantSpec) -> QuantSpec:
     """``spec`` with a scale for each channel of the last axis, where its observer knows axes."""
     try:
@@ -338,19 +324,13 @@ def by_channel(spec: QuantSpec) -> QuantSpec:
         return spec
 
 
-def _parse_overrides(overrides: Sequence[Mapping[str, Any] | Override]) -> tuple[Override, ...]:
-    if isinstance(overrides, (str, Mapping)):
-        raise ValueError(f'overrides must be a list of dict(layers=..., ...), got {overrides!r}')
-    return tuple(Override.parse(item) for item in overrides)
-
-
-def _require_bool(name: str, value: Any) -> None:
+def require_bool(name: str, value: Any) -> None:
     """``--cfg-options quant_scheme.lis=no`` gives a string, which would count as true."""
     if not isinstance(value, bool):
         raise ValueError(f'{name} must be True or False, got {value!r}')
 
 
-def _parse_observer(observer: str | Mapping[str, Any]) -> tuple[str, tuple[tuple[str, float], ...]]:
+def parse_observer(observer: str | Mapping[str, Any]) -> tuple[str, tuple[tuple[str, float], ...]]:
     if isinstance(observer, str):
         return observer, ()
     options = dict(observer)
@@ -358,19 +338,3 @@ def _parse_observer(observer: str | Mapping[str, Any]) -> tuple[str, tuple[tuple
     if name is None:
         raise ValueError(f'observer must be a name or dict(type=name, …), got {dict(observer)!r}')
     return name, tuple(sorted(options.items()))
-
-
-def parse_scheme(value: str | Mapping[str, Any] | QuantScheme) -> QuantScheme:
-    """The scheme a config means: a name, or ``dict(type=name, observer=..., ...)`` as :func:`get_scheme` takes it.
-
-    Raises:
-        ValueError: as :func:`get_scheme`, or neither of these forms.
-    """
-    if isinstance(value, QuantScheme):
-        return value
-    if isinstance(value, str):
-        return get_scheme(value)
-    if not isinstance(value, Mapping) or 'type' not in value:
-        raise ValueError(f"quant_scheme must be a name or dict(type='fqvit_w8a8', ...), got {value!r}")
-    options = {k: v for k, v in value.items() if k != '_scope_'}  # mmengine adds _scope_ to inherited dicts
-    return get_scheme(options.pop('type'), **options)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ['Structure', 'all_or_nothing']
+__all__ = ['Structure', 'all_or_nothing', 'note_scheme', 'scheme_of']
 
 
 class Structure:
@@ -41,3 +41,13 @@ def all_or_nothing(model: nn.Module) -> Iterator[None]:
     except BaseException:
         before.restore_()
         raise
+
+
+def note_scheme(model: nn.Module, scheme: Any) -> None:
+    """Let ``model`` know the recipe it was quantized by."""
+    model.__dict__['quant_scheme'] = scheme
+
+
+def scheme_of(model: nn.Module) -> Any:
+    """The recipe of ``model`` or of the part of it that was quantized; None where none was noted."""
+    return next((m.__dict__['quant_scheme'] for m in model.modules() if 'quant_scheme' in m.__dict__), None)

@@ -21,7 +21,7 @@ from .layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from .overrides import apply_overrides_
 from .report import LayerEntry, Report, count_bytes
 from .scheme import QuantScheme
-from .structure import all_or_nothing
+from .structure import all_or_nothing, note_scheme
 
 __all__ = ['check_model', 'covered_backbones', 'find_classifier', 'quantize_model_', 'register_family']
 
@@ -157,6 +157,7 @@ def quantize_model_(model: nn.Module, scheme: QuantScheme) -> Report:
             feature_act = _quantize_neck_(classifier, _output_act(backbone), make)
             _quantize_head_(classifier, feature_act, make)
         apply_overrides_(classifier, scheme)
+        note_scheme(classifier, scheme)
     return _report(classifier, scheme, float_bytes)
 
 
@@ -235,7 +236,7 @@ def _bits(module: Any, scheme: QuantScheme) -> str:
     if isinstance(module, QIntSoftmax):
         return module.spec.bit_type.name
     quantizer = module.quantizer if isinstance(module, QAct) else module.weight_quantizer
-    return quantizer.spec.bit_type.name
+    return str(quantizer.code_name)
 
 
 def _why_float(module: Any, kind: type | None, scheme: QuantScheme) -> str | None:

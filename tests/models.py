@@ -10,7 +10,7 @@ from mmpretrain.registry import MODELS
 from torch import Tensor, nn
 
 from fqvit_plugin.lifecycle import calibrate_, quant
-from fqvit_plugin.scheme import get_scheme
+from fqvit_plugin.presets import get_scheme
 from fqvit_plugin.surgery import quantize_model_
 
 CLASSES = 7

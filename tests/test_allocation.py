@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 
+import accuracy
 import allocate
 import analyze
 import calibrate
@@ -18,7 +19,7 @@ import torch
 
 import fqvit_plugin as fq
 from fqvit_plugin.apis import load_config
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.sensitivity.allocation import (
     Allocation,
     LayerCost,
@@ -33,7 +34,7 @@ from fqvit_plugin.sensitivity.switches import Switches
 from fqvit_plugin.sensitivity.units import units_of
 
 from . import models
-from .projects import build, float_checkpoint, project, write_images
+from .projects import build, float_checkpoint, project, runner, write_images
 
 BITS, ACT_BITS = (3, 4, 6, 8), (4, 8)
 
@@ -186,6 +187,10 @@ def test_the_config_gives_the_model_that_was_promised(job, tmp_path, capsys, opt
     assert calibrate.main([str(out), weights, '--out', str(tmp_path / 'q.pth'), '--batches', '2']) == 0
     stored = torch.load(tmp_path / 'q.pth', weights_only=True)['meta']['fqvit']['scheme']
     assert fq.QuantScheme.from_dict(stored) == parse_scheme(cfg.quant_scheme)
+    cfg.merge_from_dict(dict(load_from=weights, work_dir=str(tmp_path / 'work'), experiment_name=tmp_path.name))
+    assert 'accuracy/top1' in runner(cfg).test()  # what `mim test` runs
+    by_hook = torch.load(tmp_path / 'work' / 'calibrated.pth', weights_only=True)['meta']['fqvit']['scheme']
+    assert by_hook == stored
 
 
 def test_activations_under_bit_operations(job, tmp_path, capsys):
@@ -230,3 +235,16 @@ def test_sensitivities_of_something_else(job, tmp_path, capsys):
     argv = [config, weights, '--out', str(tmp_path / 'm.py'), '--batches', '1', '--budget-bits', '4']
     assert allocate.main([*argv, '--sensitivity', str(other)]) == 2
     assert 'not a sensitivity analysis of version 1' in capsys.readouterr().err
+
+
+def test_accuracy_takes_the_config_as_a_recipe(tmp_path):
+    """Against the scheme of the file, and of the name."""
+    path = tmp_path / 'mixed.py'
+    path.write_text("quant_scheme = dict(type='fqvit_w8a8', overrides=[dict(layers='*.qkv', weight_bits=4)])\n")
+    expected = fq.get_scheme('fqvit_w8a8', overrides=[dict(layers='*.qkv', weight_bits=4)])
+    assert accuracy.scheme_of(str(path), input_quant=False) == expected
+    args = accuracy._parser().parse_args(['images', '--recipes', str(path), 'strict 8/8/8'])
+    named = accuracy.scheme_of(args.recipes[1], input_quant=False)
+    assert named == fq.get_scheme('fqvit_w8a8', input_quant=False)
+    with pytest.raises(SystemExit):
+        accuracy._parser().parse_args(['images', '--recipes', str(tmp_path / 'gone.py')])

@@ -12,7 +12,7 @@ from mmengine.registry import init_default_scope
 from mmpretrain.registry import MODELS
 
 import fqvit_plugin as fq
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.surgery import check_model
 
 from .projects import project, runner, write_images
@@ -30,7 +30,7 @@ EXPECTED = {
     'swin_s': ('SwinTransformer', 49.6, 248, 123.675, True),
     'swin_b': ('SwinTransformer', 87.8, 248, 123.675, True),
 }
-SCHEMES = {'w8a8': 'fqvit_w8a8', 'w8a8_attn4': 'fqvit_w8a8_attn4'}
+SCHEMES = {bits: f'fqvit_{bits}' for bits in ('w8a8', 'w8a8_attn4', 'w6a6', 'w4a8', 'w4a4')}
 
 
 def test_the_folder_holds_exactly_these_configs():

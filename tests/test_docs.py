@@ -78,7 +78,7 @@ def test_our_documents_hold():
             fence('bash', f'{MIM} -C x \\', '  --cfg-options quant_scheme=fqvit'),
             "unknown scheme 'fqvit'",
         ),
-        (fence('bash', 'fqvit calibate c.py x.pth'), "no command 'calibate'; did you mean calibrate?"),
+        (fence('bash', 'fqvit calibate c.py x.pth'), "no command 'calibate'; did you mean calibrate"),
         (fence('bash', 'fqvit calibrate c.py x.pth --out q.pth --quick'), 'unrecognized arguments: --quick'),
         (fence('bash', 'mim run fqvit_plugin calibrate c.py x.pth'), 'required: --out'),
         ('say `nox -s "tests(oldst)"`', 'nox has no session tests(oldst)'),

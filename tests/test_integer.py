@@ -24,8 +24,8 @@ from fqvit_plugin.integer.kernels import KERNELS, int8_matmul, integer_sqrt
 from fqvit_plugin.intmath import input_range, int_layernorm, layernorm_constants
 from fqvit_plugin.layers import QAct
 from fqvit_plugin.lifecycle import calibrate_, dequant, quant
+from fqvit_plugin.presets import get_scheme
 from fqvit_plugin.quantizers import build_quantizer
-from fqvit_plugin.scheme import get_scheme
 from fqvit_plugin.surgery import quantize_model_
 from fqvit_plugin.tables import input_grid
 

@@ -21,8 +21,8 @@ from fqvit_plugin.intmath import (
     log_int_softmax_reference_,
     log_int_softmax_shift,
 )
-from fqvit_plugin.observers import PtfObserver
 from fqvit_plugin.scheme import BitType
+from fqvit_plugin.searching import PtfObserver
 
 EPS = 1e-6
 

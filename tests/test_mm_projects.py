@@ -29,7 +29,7 @@ from torch import nn
 
 import fqvit_plugin as fq
 from fqvit_plugin.calibration import CalibrationSet, calibrate_on_
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.surgery import FAMILIES, check_model
 
 from .mm_projects import ROOT, STANDIN, detection_project, segmentation_project, why_not

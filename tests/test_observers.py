@@ -13,17 +13,9 @@ from torch import tensor
 
 from fqvit_plugin import grids, observers
 from fqvit_plugin.functional import affine_qparams, fake_quantize
-from fqvit_plugin.observers import (
-    EmaObserver,
-    MinMaxObserver,
-    Observer,
-    OmseObserver,
-    PercentileObserver,
-    PtfObserver,
-    RangeObserver,
-    _ends,
-)
+from fqvit_plugin.observers import EmaObserver, MinMaxObserver, Observer, PercentileObserver, RangeObserver, _ends
 from fqvit_plugin.scheme import BitType
+from fqvit_plugin.searching import OmseObserver, PtfObserver
 
 UINT8, INT8 = BitType(8, signed=False), BitType(8, signed=True)
 KINDS = [MinMaxObserver, EmaObserver, PercentileObserver, OmseObserver, PtfObserver]

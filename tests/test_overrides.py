@@ -14,8 +14,10 @@ from torch import nn
 import fqvit_plugin as fq
 from fqvit_plugin.layers import QAct
 from fqvit_plugin.lifecycle import named_quantizers
-from fqvit_plugin.observers import PercentileObserver, PtfObserver
-from fqvit_plugin.scheme import Override, parse_scheme
+from fqvit_plugin.observers import PercentileObserver
+from fqvit_plugin.presets import parse_scheme
+from fqvit_plugin.scheme import Override
+from fqvit_plugin.searching import PtfObserver
 from fqvit_plugin.structure import Structure, all_or_nothing
 
 from . import models

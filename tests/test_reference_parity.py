@@ -18,8 +18,8 @@ from mmpretrain.registry import MODELS
 from fqvit_plugin import convert_state_dict
 from fqvit_plugin.functional import align
 from fqvit_plugin.lifecycle import calibrate_, named_quantizers, quant
+from fqvit_plugin.presets import get_scheme
 from fqvit_plugin.quantizers import UniformQuantizer
-from fqvit_plugin.scheme import get_scheme
 from fqvit_plugin.surgery import quantize_model_
 
 from .shared_data import SHARED, golden

@@ -74,5 +74,5 @@ def test_another_model_is_refused(tmp_path):
     for version in (1, 99):  # 1: before branches and zero points had channels
         state['meta']['fqvit']['format'] = version
         torch.save(state, tmp_path / 'other.pth')
-        with pytest.raises(ValueError, match=f'format {version}; this version reads 2: calibrate again'):
+        with pytest.raises(ValueError, match=f'format {version}; this version reads 3: calibrate again'):
             fq.load_quantized_(build(project(tmp_path, tmp_path)), tmp_path / 'other.pth')

@@ -9,8 +9,8 @@ import pytest
 
 from fqvit_plugin import BitType, QuantScheme, QuantSpec, get_scheme
 from fqvit_plugin.observers import MinMaxObserver
+from fqvit_plugin.presets import SCHEMES, parse_scheme
 from fqvit_plugin.registry import OBSERVERS
-from fqvit_plugin.scheme import SCHEME_NAMES, parse_scheme
 
 # ---------------------------------------------------------------- bit types
 
@@ -138,7 +138,7 @@ def test_branches_keep_a_scale_for_each_channel_in_strict_where_the_observer_can
 @pytest.mark.parametrize(
     ('arguments', 'parts'),
     [
-        (dict(name='fqvit'), ["unknown scheme 'fqvit'", *SCHEME_NAMES]),
+        (dict(name='fqvit'), ["unknown scheme 'fqvit'", *SCHEMES]),
         (dict(preset='exact'), ["unknown preset 'exact'", 'strict', 'reference']),
         (dict(observer='median'), ["unknown observer 'median'", 'minmax', 'ema', 'percentile', 'omse', 'ptf']),
         (dict(observer=dict(alpha=0.9)), ['observer must be a name or dict(type=name', "{'alpha': 0.9}"]),

@@ -26,7 +26,7 @@ from mmengine.config import Config
 
 import fqvit_plugin as fq
 from fqvit_plugin.layers import QConv2d, QLinear
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.search.experiment import Plan, _complaint
 from fqvit_plugin.search.nni_compat import loopback_at, reserve_port, wait_for_server
 from fqvit_plugin.search.objective import Objective, Outcome, Setting, count_test_images, recipe_key

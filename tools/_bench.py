@@ -28,7 +28,8 @@ from torch import Tensor
 
 import fqvit_plugin as fq
 from fqvit_plugin.apis import build_classifier, load_config
-from fqvit_plugin.scheme import QuantScheme, parse_scheme
+from fqvit_plugin.presets import parse_scheme
+from fqvit_plugin.scheme import QuantScheme
 
 COMPILED = 'compiled '
 #: A shorter piece is repeated within its turn: below this, the clock and the scheduler are a part of the figure.

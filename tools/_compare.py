@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 
 #: Seconds of one engine's turn in a round: an engine of 5 ms runs 40 times in it.
 TURN = 0.2

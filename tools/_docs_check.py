@@ -370,8 +370,8 @@ def _parse(parse: Any, arguments: Sequence[str]) -> tuple[Any, str | None]:
 
 def config_problem(path: Path, options: dict[str, Any] | None) -> str | None:
     """Why a config cannot be read, or its quant_scheme or QuantHook not be built; None if they can."""
+    from fqvit_plugin.presets import parse_scheme
     from fqvit_plugin.registry import HOOKS
-    from fqvit_plugin.scheme import parse_scheme
 
     base = path.parent.name  # configs/mmseg and configs/mmdet inherit from packages that need not be here
     if base in _MIM.values() and importlib.util.find_spec(base) is None:

@@ -20,8 +20,8 @@ from fqvit_plugin.apis import build_classifier
 from fqvit_plugin.calibration import CalibrationSet, calibrate_on_
 from fqvit_plugin.checkpoint import stored_scheme
 from fqvit_plugin.checkpoint_io import load_checkpoint
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.report import Report
-from fqvit_plugin.scheme import parse_scheme
 from fqvit_plugin.search.setup import configured_scheme
 
 
@@ -50,7 +50,7 @@ def check_device(device: str) -> None:
 
 
 def calibrated_model(cfg: Config, checkpoint: Path, device: str, data: CalibrationSet) -> tuple[Any, Report]:
-    """The model of a calibrated checkpoint as it is, or of a float one, calibrated by the config's scheme (W8A8 if none)."""
+    """The model of a calibrated checkpoint, or of a float one, calibrated by the config's scheme (W8A8 if none)."""
     if checkpoint.suffix.lower() not in ('.safetensors', '.npz') and _is_calibrated(checkpoint):
         model = MODELS.build({'data_preprocessor': cfg.get('data_preprocessor'), **cfg.model})
         report = fq.load_quantized_(model, checkpoint)

@@ -22,7 +22,7 @@ from torch import Tensor
 import fqvit_plugin as fq
 from fqvit_plugin.apis import load_config
 from fqvit_plugin.convert import load_checkpoint_file
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 WEIGHTS = {'vit_t': 'vit_tiny_patch16_224.pth', 'deit_t': 'deit_tiny_patch16_224.pth'}
@@ -36,6 +36,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     'strict 8/8/8 nolis': dict(name='fqvit_w8a8', lis=False),
     'strict 8/8/4 omse': dict(name='fqvit_w8a8_attn4', observer='omse'),
     'strict 8/8/4 percentile': dict(name='fqvit_w8a8_attn4', observer='percentile'),
+    'w6a6': dict(name='fqvit_w6a6'),
+    'w6a6 nearest': dict(name='fqvit_w6a6', steps=[]),
+    'w4a8': dict(name='fqvit_w4a8'),
+    'w4a8 nearest': dict(name='fqvit_w4a8', steps=[]),
+    'w4a4': dict(name='fqvit_w4a4'),
+    'w4a4 nearest': dict(name='fqvit_w4a4', steps=[]),
+    'w4a4 equalized': dict(name='fqvit_w4a4', steps=['equalize']),
+    'w4a4 rounded': dict(name='fqvit_w4a4', steps=['round']),
+    'w4a4 tuned': dict(name='fqvit_w4a4', steps=['equalize', 'round', 'tune']),
 }
 _EXAMPLES = """\
 IMAGES holds calib/ and val/, flat folders of files named `<class index>_<anything>.jpg`, and weights/ with the

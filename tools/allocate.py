@@ -21,7 +21,7 @@ from fqvit_plugin.apis import load_config
 from fqvit_plugin.calibration import CalibrationSet, forward_of
 from fqvit_plugin.layers import QAct
 from fqvit_plugin.lifecycle import dequant
-from fqvit_plugin.scheme import parse_scheme
+from fqvit_plugin.presets import parse_scheme
 from fqvit_plugin.search.results import derived_config
 from fqvit_plugin.search.setup import configured_scheme
 from fqvit_plugin.sensitivity.allocation import (

@@ -21,7 +21,8 @@ from fqvit_plugin.analysis.terminal import print_report
 from fqvit_plugin.apis import build_classifier, load_config
 from fqvit_plugin.calibration import CalibrationSet, calibrate_on_, image_names
 from fqvit_plugin.checkpoint import save_calibrated
-from fqvit_plugin.scheme import PRESETS, SCHEME_NAMES, QuantScheme, parse_scheme
+from fqvit_plugin.presets import SCHEMES, parse_scheme
+from fqvit_plugin.scheme import PRESETS, QuantScheme
 
 _EXAMPLES = """\
 examples:
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--out', metavar='FILE', type=Path, required=True, help='what to write')
     parser.add_argument('--report', metavar='FILE.html', type=Path, help='write a page on every tensor and its error')
     parser.add_argument('--json', metavar='FILE', type=Path, help='write the same figures for programs')
-    parser.add_argument('--scheme', choices=SCHEME_NAMES, help="instead of the config's")
+    parser.add_argument('--scheme', choices=SCHEMES, help="instead of the config's")
     parser.add_argument('--observer', help='minmax, ema, percentile, omse, or a registered one')
     parser.add_argument('--preset', choices=PRESETS)
     for kind in ('weight', 'act', 'attn'):

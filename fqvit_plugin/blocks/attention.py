@@ -29,10 +29,10 @@ class QSelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.head_dims = attn.num_heads, head_dims
         self.qkv = make.linear(attn.qkv)
-        self.qkv_act = make.act()
+        self.qkv_act = make.operand()
         self.logits_act = make.act()
         self.probs = make.softmax()
-        self.context_act = make.act()
+        self.context_act = make.operand()
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, N, C) to query, key and value, (B, heads, N, D) each."""
@@ -76,7 +76,7 @@ class QAttention(nn.Module):
         self.proj, self.proj_drop = make.linear(attn.proj), getattr(attn, 'proj_drop', nn.Identity())
         self.logits_act = make.act()
         self.probs = make.softmax()
-        self.context_act = make.act()
+        self.context_act = make.operand()
         self.proj_act = make.branch(attn.proj.out_features)
 
     def split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:

@@ -53,7 +53,7 @@ class QBEiTAttention(QAttention):
             self.q_bias = None  # qkv has a bias itself, or none
         self.relative_position_bias_table = attn.relative_position_bias_table
         self.register_buffer('relative_position_index', attn.relative_position_index)
-        self.qkv_act = make.act()
+        self.qkv_act = make.operand()
         if attn.relative_position_bias_table is not None:
             self.bias_table_act = make.act_of_shared()
         biased = attn.relative_position_bias_table is not None or shared_bias is not None
@@ -82,9 +82,9 @@ class QBEiTBlock(nn.Module):
         self.ffn = QFFN(block.ffn, make)
         self.drop_path = block.drop_path
         self.gamma_1, self.gamma_2 = block.gamma_1, block.gamma_2
-        self.norm1_act = make.act()
+        self.norm1_act = make.operand()
         self.attn_residual_act = make.norm_input(channels)
-        self.norm2_act = make.act()
+        self.norm2_act = make.operand()
         self.residual_act = make.norm_input(channels)
 
     def forward(self, x: Tensor, shared_bias: Tensor | None) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,6 +31,10 @@ __all__ = [
 ]
 
 
+#: Activations that go on as the identity, so that a copy of a channel can take the next stretch of it.
+_SPLITTABLE = (nn.GELU, nn.ReLU, nn.SiLU)
+
+
 class LayerFactory:
     """Builds Q layers by the scheme's recipe for their kind of tensor.
 
@@ -43,12 +48,30 @@ class LayerFactory:
         self.device = device
 
     def act(self) -> QAct:
-        """Quantizer of an activation that was just computed and has no other reader."""
+        """Quantizer of an activation that was just computed, has no other reader, and that no block multiplies."""
         return QAct(self.scheme.act, inplace=True).to(self.device)
+
+    def operand(self) -> QAct:
+        """Quantizer of an activation that a product in a block reads."""
+        return QAct(self.scheme.operand, inplace=True).to(self.device)
 
     def act_of(self, function: nn.Module) -> QActOf:
         """``function``, GELU for instance, and the quantizer of its result; overwrites its input."""
-        return QActOf(function, self.scheme.act).to(self.device)
+        return QActOf(function, self.scheme.operand).to(self.device)
+
+    def hidden(self, function: nn.Module, before: Any, after: Any) -> QActOf:
+        """``function`` between two linear layers, and the quantizer of its result.
+
+        Where ``after`` reads it as it is (None where something else does), channels may get copies.
+        """
+        splits = after is not None and isinstance(function, _SPLITTABLE)
+        spec = self.scheme.hidden
+        if not splits and spec.observer == 'split':
+            spec = dataclasses.replace(spec, observer='minmax')
+        act = QActOf(function, spec).to(self.device)
+        if splits:
+            before._output_act = (act,)
+        return act
 
     def act_of_shared(self) -> QAct:
         """Quantizer of a tensor that belongs to somebody else: the image, a parameter."""
@@ -72,7 +95,7 @@ class LayerFactory:
 
     def conv(self, conv: nn.Conv2d) -> QConv2d:
         """Twin of a convolution."""
-        return QConv2d.from_float(conv, self.scheme.weight)
+        return QConv2d.from_float(conv, self.scheme.edge_weight)
 
     def norm(self, norm: nn.LayerNorm) -> QIntLayerNorm:
         """Twin of a LayerNorm."""
@@ -97,7 +120,7 @@ class QLinearAct(QLinear):
     @classmethod
     def wrap(cls, linear: nn.Linear, make: LayerFactory, out_act: QAct | None = None) -> QLinearAct:
         """The twin of ``linear`` with a quantizer on its output, by default one for an activation."""
-        twin = cls.from_float(linear, make.scheme.weight)
+        twin = cls.from_float(linear, make.scheme.edge_weight)
         twin.out_act = make.act() if out_act is None else out_act
         return twin  # type: ignore[return-value]
 
@@ -164,7 +187,7 @@ class QFFN(nn.Module):
         )
         self.gamma2 = ffn.gamma2
         self.dropout_layer = ffn.dropout_layer
-        self.hidden_act = make.act_of(activation)
+        self.hidden_act = make.hidden(activation, self.hidden_linear, self.layers[1])
         self.out_act = make.branch(output.out_features)
         link(self.layers[1], self.hidden_act)
 

@@ -37,7 +37,7 @@ class QPlainWindowMSA(QAttention):
         super().__init__(attn, make)
         self.scale = attn.scale
         self.qkv = make.linear(attn.qkv)
-        self.qkv_act = make.act()
+        self.qkv_act = make.operand()
 
     def forward(self, x: Tensor, mask: None = None) -> Tensor:
         """(windows B, N, C) to the same; windows do not shift, so there is no mask."""
@@ -52,7 +52,7 @@ class QChannelAttention(QAttention):
         super().__init__(attn, make)
         self.scale = attn.scale
         self.qkv = make.linear(attn.qkv)
-        self.qkv_act = make.act()
+        self.qkv_act = make.operand()
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, N, C) to (B, N, C)."""
@@ -85,7 +85,7 @@ class QDaViTBlock(nn.Module):
         self.cpe2 = QPositionEncoding(block.cpe2, make, make.norm_input(channels))
         self.norm2 = make.norm(block.norm2)
         self.ffn = QFFN(block.ffn, make)
-        self.norm1_act, self.norm2_act = make.act(), make.act()
+        self.norm1_act, self.norm2_act = make.operand(), make.operand()
         self.attn_residual_act = make.act()  # cpe2 reads it
         self.residual_act = residual_act
 

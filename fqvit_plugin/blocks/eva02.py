@@ -56,8 +56,8 @@ class QRotaryAttention(QAttention):
         self.scale, self.extra_tokens = attn.scale, int(attn.with_cls_token)
         self.qkv = make.linear(attn.qkv)
         self.rope = QRotaryEmbedding(attn.rope, make)
-        self.qkv_act = make.act()
-        self.query_act, self.key_act = make.act(), make.act()  # rotated
+        self.qkv_act = make.operand()
+        self.query_act, self.key_act = make.operand(), make.operand()  # rotated
 
     def forward(self, x: Tensor, hw: tuple[int, int]) -> Tensor:
         """(B, N, C) to (B, N, C)."""
@@ -81,7 +81,7 @@ class QEVA02Block(nn.Module):
         self.attn = QRotaryAttention(block.attn, make)
         self.mlp = QSwiGLU(block.mlp, make)
         self.drop_path = block.drop_path
-        self.norm1_act, self.norm2_act = make.act(), make.act()
+        self.norm1_act, self.norm2_act = make.operand(), make.operand()
         self.attn_residual_act = make.norm_input(channels)
         self.residual_act = make.norm_input(channels)
 

@@ -36,7 +36,7 @@ class QMultiScaleAttention(QAttention):
         super().__init__(attn, make)
         self.scale, self.residual_pooling = attn.scale, attn.residual_pooling
         self.qkv = make.linear(attn.qkv)
-        self.qkv_act = make.act()
+        self.qkv_act = make.operand()
         for part in 'qkv':
             pool, norm = getattr(attn, f'pool_{part}'), getattr(attn, f'norm_{part}')
             pool_act = make.norm_input(pool.out_channels)
@@ -111,7 +111,7 @@ class QMultiScaleBlock(nn.Module):
         self.proj = None if block.proj is None else make.linear(block.proj)
         self.skip_act = None if block.proj is None else make.act()
         self.input_act: nn.Module = nn.Identity()
-        self.norm1_act, self.norm2_act = make.act(), make.act()
+        self.norm1_act, self.norm2_act = make.operand(), make.operand()
         self.attn_residual_act = make.norm_input(block.norm2.normalized_shape[0])
         self.residual_act = make.norm_input(block.out_dims)
 

@@ -47,12 +47,12 @@ class QWindowMSA(nn.Module):
         self.qkv = make.linear(attn.qkv)
         self.attn_drop, self.proj_drop = attn.attn_drop, attn.proj_drop
         self.proj = make.linear(attn.proj)
-        self.qkv_act = make.act()
+        self.qkv_act = make.operand()
         self.scores_act = make.act()  # q k^T
         self.bias_table_act = make.act_of_shared()
         self.logits_act = make.act()  # scores and bias
         self.probs = make.softmax()
-        self.context_act = make.act()
+        self.context_act = make.operand()
         self.proj_act = make.branch(attn.proj.out_features)
         link(self.proj, self.context_act)
 
@@ -94,9 +94,9 @@ class QSwinBlock(nn.Module):
         self.attn = block.attn  # windows, shifts and masks stay as they are
         self.attn.w_msa = QWindowMSA(block.attn.w_msa, make)
         self.ffn = QFFN(block.ffn, make)
-        self.norm1_act = make.act()
+        self.norm1_act = make.operand()
         self.attn_residual_act = make.norm_input(channels)
-        self.norm2_act = make.act()
+        self.norm2_act = make.operand()
         self.residual_act = make.norm_input(channels)
         link(self.attn.w_msa.qkv, self.norm1_act)
         link(self.ffn.hidden_linear, self.norm2_act)
@@ -118,7 +118,7 @@ class QPatchMerging(nn.Module):
         self.adaptive_padding, self.sampler = adaptive_padding_of(merging), merging.sampler
         self.norm = make.norm(merging.norm)
         self.reduction = make.linear(merging.reduction)
-        self.norm_act = make.act()
+        self.norm_act = make.operand()
         self.residual_act = make.norm_input(merging.out_channels)
         link(self.reduction, self.norm_act)
 

@@ -66,8 +66,8 @@ class QWindowMSAV2(QAttention):
         for layer in self.cpb_mlp:
             layer.why_float = 'makes a constant, the position biases: quantized'
         self.unit_length = UnitLength()
-        self.qkv_act = make.act()
-        self.query_act, self.key_act = make.act(), make.act()  # of length one
+        self.qkv_act = make.operand()
+        self.query_act, self.key_act = make.operand(), make.operand()  # of length one
         self.scores_act = make.act()
         self.bias_table_act = make.act_of_shared()
         self.proj_act = make.norm_input(attn.embed_dims)  # norm1 of the block reads it
@@ -101,7 +101,7 @@ class QSwinBlockV2(nn.Module):
         self.norm1, self.norm2 = make.norm(block.norm1), make.norm(block.norm2)
         self.ffn = QFFN(block.ffn, make)
         self.ffn.out_act = make.norm_input(channels)  # norm2 reads it
-        self.norm1_act, self.norm2_act = make.act(), make.act()
+        self.norm1_act, self.norm2_act = make.operand(), make.operand()
         self.attn_residual_act = make.act()
         self.residual_act = make.act()
         self.norm3 = make.norm(block.norm3) if block.extra_norm else None

@@ -43,7 +43,7 @@ class QConv2dAct(QConv2d):
     @classmethod
     def wrap(cls, conv: nn.Conv2d, make: LayerFactory) -> QConv2dAct:
         """The twin of ``conv`` with a quantizer on its output."""
-        twin = cls.from_float(conv, make.scheme.weight)
+        twin = cls.from_float(conv, make.scheme.edge_weight)
         twin.out_act = make.act()
         return twin  # type: ignore[return-value]
 
@@ -92,7 +92,9 @@ class QTimmMlp(Mlp):
 def quantize_mlp_(mlp: Any, make: LayerFactory) -> None:
     """Quantize an Mlp in place."""
     mlp.fc1, mlp.fc2 = make.linear(mlp.fc1), make.linear(mlp.fc2)
-    mlp.hidden_act, mlp.out_act = make.act_of(mlp.act), make.branch(mlp.fc2.out_features)
+    after = mlp.fc2 if isinstance(mlp.norm, nn.Identity) else None
+    mlp.hidden_act = make.hidden(mlp.act, mlp.fc1, after)
+    mlp.out_act = make.branch(mlp.fc2.out_features)
     mlp.norm = norm_twin(mlp.norm, mlp.hidden_act, make)
     link(mlp.fc2, grid_after(mlp.norm, mlp.hidden_act))
     mlp.__class__ = QTimmMlp
@@ -139,7 +141,7 @@ def quantize_block_(block: Any, twin: type, attn: nn.Module, previous: QAct, mak
     block.norm1, block.norm2 = make.norm(block.norm1), make.norm(block.norm2)
     block.attn = attn
     quantize_mlp_(block.mlp, make)
-    block.norm1_act, block.norm2_act = make.act(), make.act()
+    block.norm1_act, block.norm2_act = make.operand(), make.operand()
     block.attn_residual_act, block.residual_act = make.norm_input(channels), make.norm_input(channels)
     block.__class__ = twin
     link(block, previous)

@@ -44,7 +44,7 @@ class QGlobalAttention(QAttention):
         super().__init__(attn, make)
         self.head_dims, self.out_drop = attn.head_dims, attn.out_drop
         self.q, self.kv = make.linear(attn.q), make.linear(attn.kv)
-        self.query_act, self.kv_act = make.act(), make.act()
+        self.query_act, self.kv_act = make.operand(), make.operand()
         self.sr_ratio = attn.sr_ratio
         if self.sr_ratio > 1:
             self.sr = make.conv(attn.sr)
@@ -69,7 +69,7 @@ class QLocalAttention(QAttention):
         super().__init__(attn, make)
         self.window_size, self.scale = attn.window_size, attn.scale
         self.qkv = make.linear(attn.qkv)
-        self.qkv_act = make.act()
+        self.qkv_act = make.operand()
 
     def forward(self, x: Tensor, hw_shape: tuple[int, int]) -> Tensor:
         """(B, H W, C) to (B, H W, C)."""
@@ -116,7 +116,7 @@ class QTwinsBlock(nn.Module):
         self.attn = twin(block.attn, make)
         self.ffn = QFFN(block.ffn, make)
         self.drop_path = block.drop_path
-        self.norm1_act, self.norm2_act = make.act(), make.act()
+        self.norm1_act, self.norm2_act = make.operand(), make.operand()
         self.attn_residual_act = make.norm_input(block.norm1.normalized_shape[0])
         self.residual_act = residual_act
 

@@ -75,9 +75,9 @@ class QEncoderBlock(nn.Module):
         self.ln1, self.ln2 = make.norm(block.ln1), make.norm(block.ln2)
         self.attn = QMultiheadAttention(block.attn, make)
         self.ffn = QSwiGLU(block.ffn, make) if is_swiglu(block.ffn) else QFFN(block.ffn, make)
-        self.norm1_act = make.act()
+        self.norm1_act = make.operand()
         self.attn_residual_act = make.norm_input(channels)
-        self.norm2_act = make.act()
+        self.norm2_act = make.operand()
         self.residual_act = make.norm_input(channels)
         link(self.attn.qkv, self.norm1_act)
         if isinstance(self.ffn, QFFN):

@@ -148,10 +148,10 @@ class Builder:
         quantizer = layer.weight_quantizer
         if quantizer.spec.bit_type.bits > 8 or int(quantizer.zero_point.abs().max()):
             raise ValueError(f'{self.path(layer)}: the integer model takes symmetric weights of at most 8 bits')
-        with torch.no_grad():
-            weight = quantizer.steps(layer.weight).flatten(1).to(torch.int8)
+        steps, scale, bias = layer.integers()
+        weight = steps.flatten(1).to(torch.int8)
         name = self.emit('linear', [x.name], f'{self.path(layer)}.sums', {'weight': weight}, zero=zero)
-        return Sums(name, (quantizer.scale, x.scale), layer.bias)
+        return Sums(name, (scale, x.scale), bias)
 
     def affine(self, x: Sums, out: Codes, factor: Tensor | float = 1.0) -> Codes:
         """``x * factor`` on the grid of ``out``, whose name the result bears."""

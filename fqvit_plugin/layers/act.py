@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._torch import is_compiling
 from ..exact import Exact, reals
+from ..functional import align
 from ..fused import ToGrid, ToTable
 from ..intmath import by_slices
 from ..phase import Phase, QuantLayer
@@ -42,6 +43,7 @@ class QAct(QuantLayer):
         self.inplace = inplace
         self.quantizer: Any = build_quantizer(parse_spec(spec), channels)
         self._constants: tuple[tuple[Any, ...], Any] = ((), None)
+        self.tuned: Any = None  #: the logarithm of the scale while it is tuned
 
     @property
     def scale(self) -> Tensor:
@@ -77,6 +79,18 @@ class QAct(QuantLayer):
         if self._constants[0] != key:
             self._constants = (key, make())
         return self._constants[1]
+
+    def soft(self, x: Tensor, quantizer: Any) -> Tensor:
+        """``x`` on the grid, with gradients for ``x`` and for a scale that is tuned."""
+        if not isinstance(quantizer, UniformQuantizer):
+            return super().soft(x, quantizer)
+        spec, axis = quantizer.spec.bit_type, quantizer.spec.axis
+        scale = quantizer.scale if self.tuned is None else self.tuned.exp()
+        scale, zero_point = align(scale, x, axis), align(quantizer.zero_point, x, axis)
+        steps = x / scale
+        inside = steps.clamp(spec.qmin - zero_point, spec.qmax - zero_point)
+        whole = inside.round() if self.tuned is not None else quantizer.steps(x.detach())
+        return (inside + (whole - inside).detach()) * scale
 
     def forward(self, x: Tensor | Exact) -> Tensor:
         """Same shape out as in."""

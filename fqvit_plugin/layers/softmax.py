@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .._torch import is_compiling
 from ..exact import Exact, Powers, reals
 from ..fused import powers
-from ..intmath import log_int_softmax_, log_int_softmax_reference_
+from ..intmath import LARGEST_EXPONENT, log_int_softmax_, log_int_softmax_reference_
 from ..phase import Phase, QuantLayer
 from ..quantizers import build_quantizer
 from ..scheme import QuantSpec
@@ -56,6 +57,8 @@ class QIntSoftmax(QuantLayer):
                 return self._powers(logits, in_act, mask)
             return self._log_int(reals(logits), in_act, mask)
         logits = reals(logits) if in_act is None else in_act(logits)
+        if self.phase is Phase.TUNE and self.log_int and self.spec.arithmetic == 'strict':
+            return self._soft_powers(logits, mask)
         x = logits if mask is None else logits + mask
         # Saves a tensor as large as the logits during calibration; autograd and compilers need the copy.
         own = mask is not None or (in_act is not None and in_act.inplace)
@@ -71,6 +74,15 @@ class QIntSoftmax(QuantLayer):
             use='steps',
         )
         return Powers(*powers(logits.laid(rule, finish), in_act.scale, self.spec.bit_type.bits, mask))
+
+    def _soft_powers(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """Log-Int-Softmax with gradients, of real logits on their grid."""
+        x = logits if mask is None else logits + torch.where(mask < 0, -torch.inf, 0.0)
+        octaves = (x - x.amax(-1, keepdim=True).detach()) * math.log2(math.e)
+        whole = octaves.detach().round()
+        kept = whole > -min(2**self.spec.bit_type.bits - 1, LARGEST_EXPONENT + 1)
+        powers = torch.where(kept, torch.exp2(octaves + (whole - octaves.detach()).nan_to_num(0.0)), 0.0)
+        return powers / powers.sum(-1, keepdim=True)
 
     def _integer_now(self) -> bool:
         # The published scales were taken on a last batch that had already passed through Log-Int-Softmax.

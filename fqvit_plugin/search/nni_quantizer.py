@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..layers import QAct, QConv2d, QIntSoftmax, QLinear
 from ..lifecycle import calibrating, close_calibrate, named_quantizers, open_last_calibrate, quant
+from ..presets import parse_scheme
 from ..quantizers import UniformQuantizer
 from ..report import Report
-from ..scheme import QuantScheme, parse_scheme
+from ..scheme import QuantScheme
 from ..structure import Structure
 from ..surgery import quantize_model_
 from .nni_compat import import_compression

@@ -21,7 +21,7 @@ from ..apis import build_classifier, load_config
 from ..calibration import CalibrationSet, calibrate_on_, image_names
 from ..layers import QConv2d, QLinear
 from ..lifecycle import quant
-from ..scheme import parse_scheme
+from ..presets import parse_scheme
 from ..structure import Structure
 from ..surgery import quantize_model_
 

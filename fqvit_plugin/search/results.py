@@ -13,7 +13,7 @@ from mmengine.config import Config
 from rich import box
 from rich.table import Table
 
-from ..scheme import parse_scheme
+from ..presets import parse_scheme
 from .objective import Outcome, Setting
 from .space import Group
 

@@ -1,0 +1,3 @@
+_base_ = './fqvit_deit_t_w8a8.py'
+
+quant_scheme = dict(type='fqvit_w4a8')

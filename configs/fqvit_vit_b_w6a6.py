@@ -1,0 +1,3 @@
+_base_ = './fqvit_vit_b_w8a8.py'
+
+quant_scheme = dict(type='fqvit_w6a6')
