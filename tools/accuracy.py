@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _deployed import ENGINES, deploy, same_answers
 from _twins import scale_difference
 from mmpretrain.registry import DATASETS, MODELS
 from rich.console import Console
@@ -54,6 +55,7 @@ examples:
   python tools/accuracy.py ../shared/imagenet
   python tools/accuracy.py ../shared/imagenet --models vit_t --recipes 'strict 8/8/4' --json out.json
   python tools/accuracy.py ../shared/imagenet --via mmpretrain timm --recipes 'strict 8/8/4'
+  python tools/accuracy.py ../shared/imagenet --recipes 'strict 8/8/4' --engines native openvino-qdq
 
 A recipe may also be a config, one that tools/allocate.py wrote for instance, whose quant_scheme is then taken.
 With both libraries named, a second table says how far apart their models of the same weights are.
@@ -95,6 +97,21 @@ class Row:
 
 #: (recipe, seed) -> the model, ready to predict, and its logits on val's images (N, classes)
 Kept = dict[tuple[str, int], tuple[Any, Tensor]]
+
+
+@dataclass(frozen=True)
+class EngineRow:
+    """One recipe's model in an engine, beside its simulation."""
+
+    model: str
+    recipe: str
+    seed: int
+    engine: str
+    images: int
+    simulated: float  #: top-1
+    top1: float
+    same: float  #: per cent of images with the simulation's answer
+    equal: bool  #: whether all logits are the simulation's, bit by bit
 
 
 @dataclass(frozen=True)
@@ -156,8 +173,12 @@ def evaluate(
     batch_size: int = 20,
     via: str = 'mmpretrain',
     kept: Kept | None = None,
+    quantize_image: bool = False,
 ) -> Iterator[Row]:
-    """Float first, then every recipe with every seed, each on a model of its own, which goes to ``kept`` if given."""
+    """Float first, then every recipe with every seed, each on a model of its own, which goes to ``kept`` if given.
+
+    ``quantize_image`` does so for models whose config leaves the image in float.
+    """
     cfg, model = load_model(name, images / 'weights', via)
     pipeline = cfg.test_dataloader.dataset.pipeline
     calib, val = (read_photos(images / split, pipeline) for split in ('calib', 'val'))
@@ -169,7 +190,7 @@ def evaluate(
     for recipe, seed in itertools.product(recipes, seeds):
         start = time.perf_counter()
         _, model = load_model(name, images / 'weights', via)
-        fq.quantize_model_(model, scheme_of(recipe, cfg.quant_scheme.input_quant))
+        fq.quantize_model_(model, scheme_of(recipe, quantize_image or cfg.quant_scheme.input_quant))
         fq.calibrate_(model, calib.shuffled(seed).batches(batch_size), forward)
         fq.quant(model)
         kept[recipe, seed] = model, predict(model, val)
@@ -193,6 +214,25 @@ def _recipe(text: str) -> str:
 def _row(model: tuple[str, str], recipe: str, seed: int, hits: Tensor, base: Tensor, start: float) -> Row:
     top1 = 100 * hits.float().mean().item()
     return Row(*model, recipe, seed, len(hits), top1, int((hits != base).sum()), time.perf_counter() - start)
+
+
+@torch.no_grad()
+def in_engines(images: Path, name: str, engines: Sequence[str], kept: Kept) -> Iterator[EngineRow]:
+    """What other engines make of the models in ``kept``, on val's images."""
+    cfg, _ = load_model(name, images / 'weights')
+    val = read_photos(images / 'val', cfg.test_dataloader.dataset.pipeline)
+    for (recipe, seed), (model, simulated) in kept.items():
+        if recipe == 'float':
+            continue
+        inputs = torch.cat([model.data_preprocessor(batch, False)['inputs'] for batch in val.batches(50)])
+        for engine in engines:
+            run = deploy(model, inputs[:2], engine)
+            logits = torch.cat([run(chunk) for chunk in inputs.split(10)])
+            top1 = 100 * (logits.argmax(1) == val.labels).float().mean().item()
+            expected = 100 * (simulated.argmax(1) == val.labels).float().mean().item()
+            same = same_answers(logits, simulated)
+            equal = torch.equal(logits, simulated)
+            yield EngineRow(name, recipe, seed, engine, len(inputs), expected, top1, same, equal)
 
 
 def compare(name: str, timms: Kept, theirs: Kept) -> Iterator[Difference]:
@@ -222,6 +262,15 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
+def engine_table(rows: Sequence[EngineRow]) -> Table:
+    """Engines beside the simulation, for a terminal."""
+    result = Table('model', 'recipe', 'seed', 'engine', 'images', 'simulated', 'top-1', 'same answer', 'equal')
+    for r in rows:
+        figures = (f'{r.simulated:.2f}', f'{r.top1:.2f}', f'{r.same:.2f}', 'yes' if r.equal else 'no')
+        result.add_row(r.model, r.recipe, str(r.seed), r.engine, str(r.images), *figures)
+    return result
+
+
 def difference_table(differences: Sequence[Difference]) -> Table:
     """timm beside MMPretrain, for a terminal."""
     result = Table('model', 'recipe', 'seed', 'logits', 'other answers', 'scales', 'apart', title='timm - MMPretrain')
@@ -245,7 +294,15 @@ def _parser() -> argparse.ArgumentParser:
         help='who builds the models',
     )
     parser.add_argument(
-        '--recipes', nargs='+', type=_recipe, default=list(RECIPES), metavar='RECIPE', help='a name, or CONFIG.py'
+        '--recipes',
+        nargs='+',
+        type=_recipe,
+        default=[name for name in RECIPES if 'tuned' not in name],
+        metavar='RECIPE',
+        help='a name, or CONFIG.py (default: all names but what takes an hour)',
+    )
+    parser.add_argument(
+        '--engines', nargs='+', choices=ENGINES, default=[], help='run the quantized models there too, image included'
     )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0], help="orders of calib's images (default: 0)")
     parser.add_argument('--batch-size', type=int, default=20, metavar='N', help='of calibration (default: 20)')
@@ -263,23 +320,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     rows: list[Row] = []
     differences: list[Difference] = []
+    deployed: list[EngineRow] = []
     try:
         for name in args.models:
             kept: dict[str, Kept] = {via: {} for via in args.via}
             for via in args.via:
-                for row in evaluate(args.images, name, args.recipes, args.seeds, args.batch_size, via, kept[via]):
+                arguments = (args.images, name, args.recipes, args.seeds, args.batch_size, via, kept[via])
+                for row in evaluate(*arguments, quantize_image=bool(args.engines)):
                     rows.append(row)
                     console.print(_line(row), highlight=False)
             if len(kept) == len(BUILDERS):
                 differences += compare(name, kept['timm'], kept['mmpretrain'])
+            if 'mmpretrain' in kept:
+                for engine_row in in_engines(args.images, name, args.engines, kept['mmpretrain']):
+                    deployed.append(engine_row)
+                    console.print(engine_row, highlight=False)
     except (ValueError, OSError) as error:
         print(f'accuracy.py: {error}', file=sys.stderr)
         return 2
     console.print(table(rows))
     if differences:
         console.print(difference_table(differences))
+    if deployed:
+        console.print(engine_table(deployed))
     if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        args.json.write_text(json.dumps([asdict(row) for row in (*rows, *deployed)], indent=1))
     return 0
 
 
