@@ -22,7 +22,7 @@ CONTAINER_BITS = 8
 class HiddenQuantizer(UniformQuantizer):
     """Activations after GELU, one scale.
 
-    Channels beyond the range are continued by copies (:class:`~fqvit_plugin.observers.SplitObserver`): the linear
+    Channels beyond the range are continued by copies (:class:`~fqvit_plugin.searching.SplitObserver`): the linear
     layer before computes them once more for each copy, moved down by ``shifts``, and the layer after gives every copy
     the channel's own weights, so that the sum of what saturates is the whole.
 

@@ -24,7 +24,7 @@ __all__ = ['LOW_BITS', 'SCHEMES', 'get_scheme', 'parse_scheme']
 #: Recipes in which blocks have fewer than 8 bits.
 LOW_BITS: dict[str, dict[str, Any]] = {
     'fqvit_w6a6': dict(weight_bits=6, act_bits=6, attn_bits=6, steps=('equalize', 'round')),
-    'fqvit_w4a8': dict(weight_bits=4, act_bits=8, attn_bits=8, steps=('round',)),
+    'fqvit_w4a8': dict(weight_bits=4, steps=('round',)),
     'fqvit_w4a4': dict(weight_bits=4, act_bits=4, attn_bits=4, steps=('equalize', 'round')),
 }
 

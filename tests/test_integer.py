@@ -225,8 +225,7 @@ def simulated_codes(model, integer, x):
     return found, logits
 
 
-def test_codes_and_logits_are_those_of_the_simulation(pair):
-    model, integer, x = pair
+def assert_codes_and_logits_are_the_simulations(model, integer, x):
     simulated, logits = simulated_codes(model, integer, x)
     compared = 0
     for op, tensor in integer.steps(x):
@@ -235,6 +234,10 @@ def test_codes_and_logits_are_those_of_the_simulation(pair):
             assert torch.equal(simulated[op.output].flatten().to(tensor.dtype), tensor.flatten()), op.output
     assert compared > 15
     assert torch.equal(integer(x), logits)
+
+
+def test_codes_and_logits_are_those_of_the_simulation(pair):
+    assert_codes_and_logits_are_the_simulations(*pair)
 
 
 def test_another_image_size_is_refused(pair):

@@ -80,9 +80,8 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found = [
         (name, m)
         for name, m in owners
-        if weight_layers(m) and not any(other.startswith(f'{name}.') for other, _ in owners if other != name)
+        if name and weight_layers(m) and not any(other.startswith(f'{name}.') for other, _ in owners)
     ]
-    found = [(name, m) for name, m in found if name]
     if not found:
         raise ValueError(f'{type(model).__name__} has no quantized blocks for this step to work on')
     return found
