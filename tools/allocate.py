@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from _main import exit_code
 from _measuring import calibrated_model, check_device, check_outputs, progress_bar
 from mmengine.config import Config, DictAction
 from rich import box
@@ -250,15 +251,7 @@ def _compare(
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, allocate, and turn a user's mistake into one line and exit code 2."""
     args = _parser().parse_args(argv)
-    try:
-        run(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f'allocate.py: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('allocate.py: interrupted, nothing was written', file=sys.stderr)
-        return 130
-    return 0
+    return exit_code('allocate.py', lambda: run(args))
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from _main import exit_code
 from _measuring import calibrated_model, check_device, check_outputs, progress_bar
 from mmengine.config import DictAction
 from rich.console import Console
@@ -106,15 +107,7 @@ def analyze(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, analyze, and turn a user's mistake into one line and exit code 2."""
     args = _parser().parse_args(argv)
-    try:
-        analyze(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f'analyze.py: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('analyze.py: interrupted, nothing was written', file=sys.stderr)
-        return 130
-    return 0
+    return exit_code('analyze.py', lambda: analyze(args))
 
 
 if __name__ == '__main__':

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from _main import exit_code
 from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from rich.console import Console
@@ -127,15 +128,7 @@ def calibrate(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, calibrate, and turn a user's mistake into one line and exit code 2."""
     args = _parser().parse_args(argv)
-    try:
-        calibrate(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f'calibrate.py: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('calibrate.py: interrupted, nothing was written', file=sys.stderr)
-        return 130
-    return 0
+    return exit_code('calibrate.py', lambda: calibrate(args))
 
 
 if __name__ == '__main__':

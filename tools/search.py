@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from _main import exit_code
 from mmengine.config import DictAction
 from rich.console import Console
 
@@ -153,15 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     # mmcv-lite says on import that it has no compiled ops; none are used here
     warnings.filterwarnings('ignore', 'Fail to import ``MultiScaleDeformableAttention``')
-    try:
-        search(args)
-    except (ValueError, RuntimeError, OSError) as error:
-        print(f'search.py: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('search.py: interrupted; the same command with --resume goes on', file=sys.stderr)
-        return 130
-    return 0
+    return exit_code('search.py', lambda: search(args), 'interrupted; the same command with --resume goes on')
 
 
 if __name__ == '__main__':
