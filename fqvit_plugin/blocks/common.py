@@ -78,8 +78,12 @@ class LayerFactory:
         return QAct(self.scheme.act).to(self.device)
 
     def branch(self, channels: int) -> QAct:
-        """Quantizer of what attention or MLP hands to the residual sum, (…, channels)."""
+        """Quantizer of what attention, MLP or patch embedding hands to the residual sum, (…, channels)."""
         return QAct(self.scheme.branch, channels, inplace=True).to(self.device)
+
+    def branch_of_shared(self, channels: int) -> QAct:
+        """The same of a parameter: a position embedding, (…, channels)."""
+        return QAct(self.scheme.branch, channels).to(self.device)
 
     def norm_input(self, channels: int) -> QAct:
         """Quantizer of a residual stream, which a LayerNorm will read."""

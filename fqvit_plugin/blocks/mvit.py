@@ -155,8 +155,8 @@ def quantize_mvit_(backbone: Any, make: LayerFactory) -> None:
     """Put quantized twins into an MViT that passed :func:`check_mvit`, in place."""
     embed = backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
     positioned = backbone.use_abs_pos_embed
-    if embed.norm is None and not positioned:
-        embed.patch_act = make.norm_input(backbone.embed_dims)  # it begins the residual stream
+    if embed.norm is None:  # without positions it begins the residual stream
+        embed.patch_act = (make.branch if positioned else make.norm_input)(backbone.embed_dims)
     previous: QAct = embed.last_act
     for i, block in enumerate(backbone.blocks):
         twin = backbone.blocks[i] = QMultiScaleBlock(block, make)

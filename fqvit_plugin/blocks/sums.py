@@ -55,8 +55,8 @@ def summed(a: Tensor, a_act: QAct, b: Tensor, b_act: QAct) -> Tensor | Exact:
 
 
 def on_grid(x: Tensor, x_act: QAct) -> Tensor | Exact:
-    """``x``, on the grid of ``x_act``, on its way to another grid."""
-    return Sums(whole_steps(x, x_act.scale), (x_act.scale,)) if x_act.is_exact and x_act.scale.ndim == 0 else x
+    """``x``, on the grid of ``x_act``, on its way to another grid: its sum with zeros."""
+    return summed(x, x_act, x.new_zeros(x.shape[-1]), x_act) if x_act.is_exact else x
 
 
 def joined(first: list[Tensor], rest: Tensor | Exact) -> Tensor | Exact:

@@ -215,7 +215,9 @@ def _check_attention(attn: Any, path: str) -> None:
 def quantize_timm_vit_(model: Any, make: LayerFactory) -> None:
     """Put quantized twins into a ViT that passed :func:`check_timm_vit`, in place."""
     patch_act = quantize_patch_embed_(model.patch_embed, make)
-    model.embed_act, model.pos_act = make.act(), make.act_of_shared()
+    if patch_act is model.patch_embed.proj.out_act:  # no LayerNorm reads it
+        patch_act = model.patch_embed.proj.out_act = make.branch(model.embed_dim)
+    model.embed_act, model.pos_act = make.branch(model.embed_dim), make.branch_of_shared(model.embed_dim)
     link(model.embed_act, patch_act)
     model.residual_act = make.norm_input(model.embed_dim)
     previous = model.residual_act

@@ -241,13 +241,16 @@ def quantize_plain_vit_(
         block_twin: a block's twin, with ``residual_act`` on its output.
         twin: the backbone's class after surgery.
     """
-    backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
+    channels = backbone.embed_dims
+    embed = backbone.patch_embed = QPatchEmbed(backbone.patch_embed, make)
+    if embed.norm is None:  # a LayerNorm wants scales that are apart by powers of two
+        embed.patch_act = make.branch(channels)
     if backbone.pos_embed is not None:
-        backbone.embed_act, backbone.pos_act = make.act(), make.act_of_shared()
-    previous = backbone.residual_act = make.norm_input(backbone.embed_dims)
+        backbone.embed_act, backbone.pos_act = make.branch(channels), make.branch_of_shared(channels)
+    previous = backbone.residual_act = make.norm_input(channels)
     if not isinstance(getattr(backbone, 'pre_norm', nn.Identity()), nn.Identity):
         backbone.pre_norm = QNormAct.wrap(backbone.pre_norm, previous, make)
-        previous = backbone.pre_norm.out_act = make.norm_input(backbone.embed_dims)  # where the stream begins
+        previous = backbone.pre_norm.out_act = make.norm_input(channels)  # where the stream begins
     for i, layer in enumerate(backbone.layers):
         backbone.layers[i] = block_twin(layer)
         link(backbone.layers[i], previous)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..dyadic import add_rule, affine_rule, mean_rule
-from ..fused import Affine
 from ..intmath import LARGEST_EXPONENT, input_range, layernorm_constants, log_int_softmax_codes
 from ..layers import QAct, QActOf, QIntLayerNorm
 from ..quantizers import UniformQuantizer
@@ -184,24 +183,21 @@ class Builder:
         self.emit('add', [a.name, b.name], out.name, constants, shift=shift, bits=out.bits)
         return self._codes(out)
 
-    def lookup(self, x: Codes, function: Callable[[Tensor], Tensor], act: QAct, name: str | None = None) -> Codes:
+    def lookup(self, x: Codes, function: Callable[[Tensor], Tensor], act: QAct) -> Codes:
         """Any function of one code, on the grid of ``act``: a table of ``2**bits`` entries."""
         scale, zero = x.single
         stored = torch.arange(-(2 ** (x.bits - 1)), 2 ** (x.bits - 1), device=act.scale.device)
-        return self._lookup(x, self.codes_of(function((stored - zero) * scale), act), act, name)
+        return self._lookup(x, self.codes_of(function((stored - zero) * scale), act), act)
 
-    def _lookup(self, x: Codes, table: Tensor, act: QAct, name: str | None = None) -> Codes:
-        out = grid_of(act, name or self.path(act))
+    def _lookup(self, x: Codes, table: Tensor, act: QAct) -> Codes:
+        out = self.grid(act)
         self.emit('lookup', [x.name], out.name, {'table': table})
         return self._codes(out)
 
-    def regrid(self, x: Codes, act: QAct, name: str) -> Codes:
-        """The same values on the grid of ``act``."""
-        out, (_, zero) = self.grid(act), x.single
-        steps = torch.arange(-(2 ** (x.bits - 1)), 2 ** (x.bits - 1), dtype=torch.float64) - zero
-        rule = Affine.of(affine_rule([x.scale], 1.0, None, out.scale), len(steps))
-        steps = torch.floor(steps * rule.gain + rule.offset)
-        return self._lookup(x, self._stored(steps, out), act, name)
+    def regrid(self, x: Codes, channels: int, act: QAct, name: str) -> Codes:
+        """The same values on the grid of ``act``: the sum of ``x`` (…, channels) with zeros."""
+        zeros = {'value': x.zero.expand(1, 1, channels).to(torch.int8)}
+        return self.add(x, self.same_grid(self.emit('constant', [], f'{name}.zeros', zeros), x), act, name)
 
     def function(self, x: Sums, act: QActOf) -> Codes:
         """``act.function(x)`` on the grid of ``act``: a table of 65,536 entries over the grid it reads."""

@@ -43,7 +43,7 @@ def _add_position(b: Builder, vit: Any, x: Codes, hw: tuple[int, int]) -> tuple[
     late = isinstance(vit, QDeiT3)  # its class token joins after the position embedding
     with torch.no_grad():
         position = vit._position(hw, 0 if late else vit.num_extra_tokens)
-    x = b.regrid(x, vit.embed_act, f'{path}.patch_tokens')
+    x = b.regrid(x, vit.embed_dims, vit.embed_act, f'{path}.patch_tokens')
     if prefix is not None and not late:
         tokens = b.codes_of(prefix, vit.embed_act)[0]
         x = b.same_grid(b.emit('prepend', [x.name], b.path(vit.embed_act), {'tokens': tokens}), x)

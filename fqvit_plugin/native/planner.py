@@ -346,8 +346,10 @@ class Planner:
             return False
         if b in self._plan.values and b not in self._plan.shapes:
             constant = self._plan.values[b]
-            if constant.dtype is not torch.int8 or constant.numel() != self.size(op.output):
+            shape = (1, *self.shapes[op.output][1:])
+            if constant.dtype is not torch.int8 or torch.broadcast_shapes(constant.shape, shape) != shape:
                 return False
+            constant = constant.expand(shape)
             constant = (constant.to(torch.int16) + 128).to(torch.uint8).contiguous()
         elif self.view(b) is None or self.shapes[b] != self.shapes[op.output]:
             return False
