@@ -34,7 +34,9 @@ __all__ = [
 _KEY = 'fqvit'
 #: Buffers of quantizers that are empty until a step or a search fills them.
 _ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels')
-_FORMAT = 3  # 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies
+#: 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies; 3: one scale for
+#: all channels of an embedding
+_FORMAT = 4
 
 
 @dataclass(frozen=True)

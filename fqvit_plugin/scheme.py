@@ -228,10 +228,11 @@ class QuantScheme:
         name: what the recipe is called in reports and checkpoints.
         weight: weights of the blocks' linear layers; axis 0 keeps its own scale.
         edge_weight: weights outside of blocks: patch embedding and classifier.
-        act: activations that no block multiplies: image, embeddings, attention logits, features, class logits.
+        act: activations that no block multiplies: image, attention logits, features, class logits.
         operand: activations that products in blocks read: outputs of LayerNorm, query, key, value, context.
         hidden: what an MLP holds between its linear layers.
-        branch: what attention and MLP hand to the residual sum; in strict arithmetic a scale for each channel.
+        branch: what attention and MLP hand to the residual sum, and what a plain ViT's stream begins as (patches, class
+            token, position embedding); in strict arithmetic a scale for each channel.
         norm_input: the residual stream, which every LayerNorm reads (Power-of-Two Factor lives here).
         probs: attention probabilities.
         log_int_softmax: integer Log-Int-Softmax instead of a float softmax with quantized output.

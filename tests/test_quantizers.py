@@ -285,9 +285,10 @@ def test_scales_move_with_the_model():
 
 
 def test_calibration_uses_the_spec_of_every_tensor():
-    # weights per output channel, activations per tensor, branches and norm inputs per channel
+    # weights per output channel, activations per tensor, branches, embeddings and norm inputs per channel
     model = models.quantized(models.vit(), models.batches(1))
-    for branch in (model.backbone.layers[0].attn.proj_act, model.backbone.layers[0].ffn.out_act):
+    embeddings = (model.backbone.patch_embed.patch_act, model.backbone.embed_act, model.backbone.pos_act)
+    for branch in (model.backbone.layers[0].attn.proj_act, model.backbone.layers[0].ffn.out_act, *embeddings):
         assert (branch.scale.shape, branch.quantizer.zero_point.shape) == ((48,), (48,))
     assert model.backbone.layers[0].attn.qkv.weight_quantizer.scale.shape == (144,)
     assert model.backbone.layers[0].attn.qkv_act.quantizer.scale.shape == ()
@@ -297,6 +298,7 @@ def test_calibration_uses_the_spec_of_every_tensor():
 
 def test_in_the_reference_branches_are_activations():
     model = models.quantized(models.vit(), models.batches(1), preset='reference')
-    assert model.backbone.layers[0].attn.proj_act.scale.shape == ()
+    for branch in (model.backbone.layers[0].attn.proj_act, model.backbone.patch_embed.patch_act, model.backbone.pos_act):
+        assert branch.scale.shape == ()
     residual = model.backbone.layers[0].residual_act.quantizer
     assert (residual.scale.shape, residual.zero_point.shape) == ((48,), ())

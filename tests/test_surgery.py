@@ -240,6 +240,16 @@ def test_every_product_has_its_operands_on_a_grid(name):
         assert len(values) <= 256 + 1
 
 
+@EVERY_MODEL
+def test_quantizing_writes_over_no_parameter(name):
+    # position embeddings are quantized as they are read, and many quantizers write over their input
+    model, x = made(name)
+    before = {path: parameter.clone() for path, parameter in model.named_parameters()}
+    model = quantized(model, [x])
+    run(model, x)
+    assert all(torch.equal(parameter, before[path]) for path, parameter in model.named_parameters())
+
+
 @pytest.mark.parametrize('name', ['vit, layer scale', 'deit3', 'swin'])
 def test_what_the_residual_sum_adds_is_on_a_grid(name):
     # layer scale included: it multiplies before the quantizer, not after

@@ -346,7 +346,7 @@ class Planner:
             return False
         if b in self._plan.values and b not in self._plan.shapes:
             constant = self._plan.values[b]
-            shape = (1, *self.shapes[op.output][1:])
+            shape = (self.shapes[op.output][0] // 2, *self.shapes[op.output][1:])
             if constant.dtype is not torch.int8 or torch.broadcast_shapes(constant.shape, shape) != shape:
                 return False
             constant = constant.expand(shape)
