@@ -34,8 +34,8 @@ __all__ = [
 _KEY = 'fqvit'
 #: Buffers of quantizers that are empty until a step or a search fills them.
 _ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels')
-#: 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies; 3: one scale for
-#: all channels of an embedding
+#: 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies; 3: one scale of
+#: an embedding for all channels
 _FORMAT = 4
 
 

@@ -231,8 +231,8 @@ class QuantScheme:
         act: activations that no block multiplies: image, attention logits, features, class logits.
         operand: activations that products in blocks read: outputs of LayerNorm, query, key, value, context.
         hidden: what an MLP holds between its linear layers.
-        branch: what attention and MLP hand to the residual sum, and what a plain ViT's stream begins as (patches, class
-            token, position embedding); in strict arithmetic a scale for each channel.
+        branch: what attention and MLP hand to the residual sum, and what a plain ViT's stream begins as (patches,
+            class token, position embedding); in strict arithmetic a scale for each channel.
         norm_input: the residual stream, which every LayerNorm reads (Power-of-Two Factor lives here).
         probs: attention probabilities.
         log_int_softmax: integer Log-Int-Softmax instead of a float softmax with quantized output.

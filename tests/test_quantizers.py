@@ -298,7 +298,8 @@ def test_calibration_uses_the_spec_of_every_tensor():
 
 def test_in_the_reference_branches_are_activations():
     model = models.quantized(models.vit(), models.batches(1), preset='reference')
-    for branch in (model.backbone.layers[0].attn.proj_act, model.backbone.patch_embed.patch_act, model.backbone.pos_act):
+    backbone = model.backbone
+    for branch in (backbone.layers[0].attn.proj_act, backbone.patch_embed.patch_act, backbone.pos_act):
         assert branch.scale.shape == ()
     residual = model.backbone.layers[0].residual_act.quantizer
     assert (residual.scale.shape, residual.zero_point.shape) == ((48,), ())
