@@ -241,7 +241,7 @@ def test_the_searched_scale_is_never_worse_than_the_plain_one(limit):
 @pytest.mark.parametrize('name', MODELS)
 def test_round_beats_nearest_rounding_at_4_bits(name):
     make, size = MODELS[name]
-    data, others = models.batches(4, size, per_batch=8), [models.images(16, size, seed=99)]
+    data, others = models.batches(4, size, per_batch=8), [models.images(16, size, seed=99 + i) for i in range(4)]
     results = {}
     for steps in ((), ('round',)):
         model = recalibrated(make, data, 'fqvit_w4a8', list(steps))
@@ -325,8 +325,9 @@ def assert_at_rest(model):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize(('name', 'steps'), [('vit', ['equalize', 'round']), ('swin', [])])
+@pytest.mark.parametrize(('name', 'steps'), [('vit', ['equalize']), ('swin', [])])
 def test_tune_brings_the_logits_nearer_to_float(name, steps, monkeypatch):
+    # from nearest rounding: behind `round`, activations make most of a random model's error, and chance decides
     make, size = MODELS[name]
     data = models.batches(3, size, per_batch=8)
     model = recalibrated(make, data, 'fqvit_w4a4', steps)
