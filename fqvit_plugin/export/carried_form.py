@@ -19,7 +19,7 @@ from ..intmath import LARGEST_EXPONENT
 from ..integer.program import Op
 from .carried_norm import write_norm
 from .graph import Graph
-from .pairs import split, times
+from .pairs import quotient, split, times
 from .qdq_form import PlainGrid, QdqWriter
 from .softmax import write_log_int_softmax
 
@@ -105,8 +105,9 @@ class CarriedWriter(QdqWriter):
     # ---------------------------------------------------------------- kernels
 
     def _quantize(self, op: Op, *, scale: Any, zero: int, bits: int) -> None:
-        steps = self.graph.node('Round', self.graph.node('Div', op.inputs[0], self.scalar(scale)))
-        self.quantize(steps, op.output)
+        # engines multiply by a constant's reciprocal, and images of 8 bits lie where that decides halves
+        ratio = quotient(self.graph, op.inputs[0], float(np.float32(scale)))
+        self.quantize(self.graph.node('Round', ratio), op.output)
 
     def _sums(self, op: Op) -> str:
         if op.kind == 'matmul':

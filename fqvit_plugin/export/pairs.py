@@ -6,7 +6,7 @@ import numpy as np
 
 from .graph import Graph
 
-__all__ = ['split', 'times', 'two_sum']
+__all__ = ['quotient', 'split', 'times', 'two_sum']
 
 
 def split(g: Graph, x: str) -> tuple[str, str]:
@@ -27,3 +27,17 @@ def two_sum(g: Graph, a: str, b: str) -> tuple[str, str]:
     b_part = g.node('Sub', total, a)
     lost_a = g.node('Sub', a, g.node('Sub', total, b_part))
     return total, g.node('Add', lost_a, g.node('Sub', b, b_part))
+
+
+def quotient(g: Graph, x: str, divisor: float) -> str:
+    """``x / divisor`` rounded once, by a multiplication and what it is off."""
+    reciprocal = g.constant(1 / np.float64(divisor), np.float32)
+    near = g.node('Mul', x, reciprocal)
+    fraction, exponent = np.frexp(np.float64(divisor))
+    high = np.float32(np.ldexp(np.round(fraction * 2.0**12), exponent - 12))
+    parts = g.constant(high, np.float32), g.constant(np.float32(divisor) - high, np.float32)
+    error = x
+    for product in times(g, split(g, near), parts):
+        error = g.node('Sub', error, product)
+    return g.node('Add', near, g.node('Mul', error, reciprocal))
+
