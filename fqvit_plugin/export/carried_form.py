@@ -1,10 +1,10 @@
 """A program in float32 that carries its integers: for engines whose integers have 32 bits, as OpenVINO's.
 
-Codes lie between QuantizeLinear and DequantizeLinear of scale 1, so products of codes are the engine's int8 products and
-their sums whole numbers below 2**24, where float32 is exact. What follows them multiplies by gains of 24 bits, more
-than fit beside a sum of 20. Every such product is cut in two: a coarse part whose products and sums are exact, and a
-fine one that is less than a step, so that its rounding is far below float32's rounding of the whole. Only a value that
-lies within 1e-8 of a tie may then be rounded to the other side.
+Codes lie between QuantizeLinear and DequantizeLinear of scale 1, so products of codes are the engine's int8 products
+and their sums whole numbers below 2**24, where float32 is exact. What follows them multiplies by gains of 24 bits,
+more than fit beside a sum of 20. Every such product is cut in two: a coarse part whose products and sums are exact,
+and a fine one that is less than a step or few, so that its rounding is far below float32's rounding of the whole.
+Only a value that lies within 1e-8 or so of a tie may then be rounded to the other side.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ..dyadic import MEAN_BITS, RECIPROCAL_BITS
-from ..intmath import LARGEST_EXPONENT
 from ..integer.program import Op
+from ..intmath import LARGEST_EXPONENT
 from .carried_norm import write_norm
 from .graph import Graph
 from .pairs import quotient, split, times
@@ -25,9 +25,6 @@ from .softmax import write_log_int_softmax
 
 __all__ = ['CarriedWriter', 'write_rounded']
 
-#: What a step of codes is as a float. Any power of two is exact; OpenVINO leaves a factor of 1 out of its own
-#: dequantization, and then subtracts zero points in 8 bits, where they overflow.
-UNIT = 1.0
 #: Bits of float32's significand.
 _BITS = 24
 
@@ -70,10 +67,6 @@ def _total(graph: Graph, parts: Sequence[tuple[str, np.ndarray]], term: np.ndarr
 class CarriedWriter(QdqWriter):
     """:class:`QdqWriter` with steps of 1: a reading of codes is a whole number, ``stored - zero``."""
 
-    def write(self) -> None:
-        """Everything, from ``image`` to ``logits``."""
-        super().write()
-
     def grid(self, name: str) -> PlainGrid:
         """The grid in whole numbers: ``lift`` is what the channels' zero points are above ``zero``."""
         zeros = self.program.grids[name].zero
@@ -81,25 +74,12 @@ class CarriedWriter(QdqWriter):
         lift = np.asarray(zeros) - zero
         return PlainGrid(1.0, zero, lift if len(set(zeros)) > 1 else lift[0], None, self.program.grids[name].bits)
 
-    def _finish(self, steps: str, name: str) -> None:
-        self.quantize(steps, name)
-
-    def reading(self, name: str) -> str:
-        """Steps of ``name`` in units of ``UNIT``."""
-        if name not in self._readings:
-            self._readings[name] = self.dequantize(self._codes[name], name, UNIT, f'{name}.y')
-        return self._readings[name]
-
-    def _read(self, stored: Any, name: str) -> np.ndarray:
-        return super()._read(stored, name) * UNIT
-
     def _whole(self, name: str) -> str:
-        return self.plus(self.reading(name), -self.lift(name) * UNIT)
+        return self.plus(self.reading(name), -self.lift(name))
 
     def _real(self, name: str, output: str | None = None) -> str:
         scale = np.asarray(self.program.grids[name].scale)
-        steps = self.times(self._whole(name), 1 / UNIT)
-        x = self.op('Mul', steps, scale if len(scale) > 1 else scale[0])
+        x = self.op('Mul', self._whole(name), scale if len(scale) > 1 else scale[0])
         return x if output is None else self.graph.node('Identity', x, output=output)
 
     # ---------------------------------------------------------------- kernels
@@ -111,73 +91,74 @@ class CarriedWriter(QdqWriter):
 
     def _sums(self, op: Op) -> str:
         if op.kind == 'matmul':
-            return self.graph.node('Round', self.graph.node('MatMul', *(self._whole(x) for x in op.inputs)))
+            return self._product(*(self._whole(x) for x in op.inputs))
         if op.kind == 'mean_sums':
             x = self._whole(op.inputs[0])
             dims = self.graph.constant(list(op.settings['dims']), np.int64)
             return self.graph.node('ReduceSum', x, dims, keepdims=0)
         weight = self.graph.constant(self.values(op)['weight'].T, np.int8, f'{op.output}.weight')
         zero = self.graph.constant(0, np.int8)
-        weight = self.graph.node('DequantizeLinear', weight, self.scalar(UNIT), zero)
-        return self.graph.node('Round', self.graph.node('MatMul', self._whole(op.inputs[0]), weight))
+        weight = self.graph.node('DequantizeLinear', weight, self.scalar(1), zero)
+        return self._product(self._whole(op.inputs[0]), weight)
+
+    def _product(self, a: str, b: str) -> str:
+        # whole already; but OpenVINO takes one of several factors behind a product of int8 into the product, and
+        # then is far off in the others
+        return self.graph.node('Round', self.graph.node('MatMul', a, b))
 
     def _affine(self, op: Op, *, gain: Any, offset: Any, zero: Any, shift: int, offset_shift: int, bits: int) -> None:
-        maker = self._makers[op.inputs[0]]
-        sums = self._sums(maker)
-        unit = UNIT if maker.kind == 'mean_sums' else UNIT**2
-        ratio, term = gain / 2.0**shift / unit, offset * 2.0 ** (offset_shift - shift) + self.lift(op.output)
+        sums = self._sums(self._makers[op.inputs[0]])
+        ratio, term = gain / 2.0**shift, offset * 2.0 ** (offset_shift - shift) + self.lift(op.output)
         steps = write_rounded(self.graph, [(sums, ratio)], term, 2.0**bits)
         if bits > 8:
             self._reals[op.output] = steps
         else:
-            self._finish(steps, op.output)
+            self.quantize(steps, op.output)
 
     def _add(self, op: Op, *, gain_a: Any, gain_b: Any, zero: Any, shift: int, **unused: Any) -> None:
-        ratios = [np.asarray(gain) / 2.0**shift / UNIT for gain in (gain_a, gain_b)]
+        ratios = [np.asarray(gain) / 2.0**shift for gain in (gain_a, gain_b)]
         parts = [(self._whole(x), r) for x, r in zip(op.inputs, ratios, strict=True)]
-        reach = 2.0**8 * UNIT * sum(np.abs(r).max() for r in ratios)
-        self._finish(write_rounded(self.graph, parts, self.lift(op.output), reach), op.output)
+        reach = 2.0**8 * sum(np.abs(r).max() for r in ratios)
+        self.quantize(write_rounded(self.graph, parts, self.lift(op.output), reach), op.output)
 
     def _lookup(self, op: Op, *, table: np.ndarray) -> None:
         source, half = op.inputs[0], len(table) // 2
         grid = self.grid(source)
-        x = self._reals[source] if source in self._reals else self.times(self.reading(source), 1 / UNIT)
+        x = self._reals[source] if source in self._reals else self.reading(source)
         index = self.plus(x, grid.zero + half)
         limit = 2 ** (grid.bits - 1)
         index = self.graph.node('Clip', index, self.scalar(half - limit), self.scalar(half + limit - 1))
         steps = self.graph.constant(table.astype(np.int64) - self.grid(op.output).zero, np.float32)
-        self._finish(self.graph.node('Gather', steps, self.graph.cast(index, np.int32)), op.output)
+        self.quantize(self.graph.node('Gather', steps, self.graph.cast(index, np.int32)), op.output)
 
     def _layernorm(
-        self, op: Op, *, factors: Any, gain: Any, offset: Any, shifts: Any, guard: int, root_bits: int, **unused: Any
+        self, op: Op, *, gain: Any, offset: Any, shifts: Any, guard: int, bits: int, **others: Any
     ) -> None:
-        powers = 2.0 ** factors.astype(np.int64)
-        x = self.times(self._whole(op.inputs[0]), powers / UNIT)
+        powers = 2.0 ** others['factors'].astype(np.int64)
+        x = self.times(self._whole(op.inputs[0]), powers)
         if 255 * np.broadcast_to(powers, gain.shape).sum() >= 2**_BITS:
             raise ValueError(f'{op.output}: sums of {len(gain)} channels pass 2**24, which float32 does not hold')
-        x_hat = write_norm(self.graph, x, len(gain), guard, root_bits)
+        x_hat = write_norm(self.graph, x, len(gain), guard, others['root_bits'])
         units = 2.0 ** shifts.astype(np.int64)
         term = offset / units + self.lift(op.output)
-        self._finish(write_rounded(self.graph, [(x_hat, gain / units)], term, 2.0**9), op.output)
+        self.quantize(write_rounded(self.graph, [(x_hat, gain / units)], term, 2.0**9), op.output)
 
     def _attend(
         self, op: Op, *, exponents: Any, gain: int, shift: int, bits: int, mask: Any = None, **unused: Any
     ) -> None:
         g, (logits, value) = self.graph, op.inputs
         scale = min(self.program.grids[logits].scale)
-        steps = self.times(self.reading(logits), 1 / UNIT)
-        powers = write_log_int_softmax(g, steps, self.shapes[logits], exponents, scale, mask)
+        powers = write_log_int_softmax(g, self.reading(logits), self.shapes[logits], exponents, scale, mask)
         powers = g.node('Round', self.op('Mul', powers, 2.0**LARGEST_EXPONENT))
         high = g.node('Floor', self.op('Mul', powers, 2.0**-8))
         low = g.node('Sub', powers, self.op('Mul', high, 2.0**8))
         x, last = self._whole(value), g.constant([-1], np.int64)
         sums = [g.node('MatMul', p, x) for p in (high, low)]
         totals = [g.node('ReduceSum', p, last, keepdims=1) for p in (high, low)]
-        sums = [self.times(s, 1 / UNIT) for s in sums]
         whole, part = _mean(g, sums, totals)
         ratio = gain / 2.0**shift
         parts = [(whole, ratio), (part, ratio * 2.0**-MEAN_BITS)]
-        self._finish(write_rounded(g, parts, self.lift(op.output), 2.0**8 * max(1.0, ratio)), op.output)
+        self.quantize(write_rounded(g, parts, self.lift(op.output), 2.0**8 * max(1.0, ratio)), op.output)
 
 
 def _mean(g: Graph, sums: list[str], totals: list[str]) -> tuple[str, str]:

@@ -40,4 +40,3 @@ def quotient(g: Graph, x: str, divisor: float) -> str:
     for product in times(g, split(g, near), parts):
         error = g.node('Sub', error, product)
     return g.node('Add', near, g.node('Mul', error, reciprocal))
-
