@@ -91,9 +91,10 @@ class CarriedWriter(QdqWriter):
 
     def _layout(self, op: Op) -> None:
         if op.kind == 'pad_map':
-            # behind padding OpenVINO would hand steps of 9 bits to its products as 8
-            source = op.inputs[0]
-            self._readings[source] = self._kept(self.reading(source))
+            raise ValueError(
+                f"{op.output}: form 'integer' for OpenVINO has no padded windows, behind which its products would take "
+                "steps of 9 bits for 8. Use form='qdq', or an image size whose maps the window divides"
+            )
         super()._layout(op)
 
     def _kept(self, x: str) -> str:
