@@ -92,8 +92,8 @@ class CarriedWriter(QdqWriter):
     def _layout(self, op: Op) -> None:
         if op.kind == 'pad_map':
             raise ValueError(
-                f"{op.output}: form 'integer' for OpenVINO has no padded windows, behind which its products would take "
-                "steps of 9 bits for 8. Use form='qdq', or an image size whose maps the window divides"
+                f"{op.output}: form 'integer' for OpenVINO has no padded windows, behind which its products would "
+                "take steps of 9 bits for 8. Use form='qdq', or an image size whose maps the window divides"
             )
         super()._layout(op)
 
