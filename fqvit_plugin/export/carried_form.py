@@ -4,7 +4,7 @@ Codes lie between QuantizeLinear and DequantizeLinear of scale 1, so products of
 and their sums whole numbers below 2**24, where float32 is exact. What follows them multiplies by gains of 24 bits,
 more than fit beside a sum of 20. Every such product is cut in two: a coarse part whose products and sums are exact,
 and a fine one that is less than a step or few, so that its rounding is far below float32's rounding of the whole.
-Only a value that lies within 1e-8 or so of a tie may then be rounded to the other side.
+Only a value that lies within 1e-7 or so of a tie may then be rounded to the other side.
 """
 
 from __future__ import annotations

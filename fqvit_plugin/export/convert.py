@@ -31,7 +31,7 @@ FORMS = ('qdq', 'integer')
 #: biases are finer than int32 ones in units of the accumulator (which matters most for weights of few bits); its GELU
 #: reads a 16-bit grid; its sums are exact where floats round.
 ALLOWED = 1e-2
-#: The same for integers carried in float32, of which only values within 1e-8 or so of a tie may round otherwise; one
+#: The same for integers carried in float32, of which only values within 1e-7 or so of a tie may round otherwise; one
 #: may in any network.
 ALLOWED_CARRIED = 1e-6
 
