@@ -98,13 +98,14 @@ def test_equal_tokens_have_a_norm_of_zero():
 
 
 @pytest.mark.parametrize('name', ['vit', 'vit, one channel far out', 'deit3', 'swin'])
-def test_openvinos_logits_are_the_integer_models(name, tmp_path):
+def test_openvinos_logits_have_the_codes_of_the_integer_models(name, tmp_path):
     build, size = MODELS[name]
     x = models.images(3, size)
     model = to_integer(calibrated(build(), x))
     report = to_onnx(model, tmp_path / 'm.onnx', form='integer', target='openvino', images=x)
     assert report.plain.different <= 1
-    assert torch.equal(torch.from_numpy(openvino_logits(tmp_path / 'm.onnx', x)), model(x))
+    gap = (torch.from_numpy(openvino_logits(tmp_path / 'm.onnx', x)) - model(x)).abs().max()
+    assert gap < 1e-3 * model.output_scale  # codes are the same; their product with the scale may round otherwise
 
 
 def test_padded_windows_are_refused(tmp_path):
