@@ -19,6 +19,7 @@ from ..integer.program import Op
 from ..intmath import LARGEST_EXPONENT
 from .carried_norm import write_norm
 from .graph import Graph
+from .layouts import LAYOUTS
 from .pairs import quotient, split, times
 from .qdq_form import PlainGrid, QdqWriter
 from .softmax import write_log_int_softmax
@@ -89,14 +90,6 @@ class CarriedWriter(QdqWriter):
         ratio = quotient(self.graph, op.inputs[0], float(np.float32(scale)))
         self.quantize(self.graph.node('Round', ratio), op.output)
 
-    def _layout(self, op: Op) -> None:
-        if op.kind == 'pad_map':
-            raise ValueError(
-                f"{op.output}: form 'integer' for OpenVINO has no padded windows, behind which its products would "
-                "take steps of 9 bits for 8. Use form='qdq', or an image size whose maps the window divides"
-            )
-        super()._layout(op)
-
     def _kept(self, x: str) -> str:
         """Whole numbers as they are, by an operator that OpenVINO moves no quantization across."""
         return self.graph.node('Round', x)
@@ -112,7 +105,19 @@ class CarriedWriter(QdqWriter):
         weight = self.graph.constant(self.values(op)['weight'].T, np.int8, f'{op.output}.weight')
         zero = self.graph.constant(0, np.int8)
         weight = self.graph.node('DequantizeLinear', weight, self.scalar(1), zero)
-        return self._product(self._whole(op.inputs[0]), weight)
+        return self._product(self._operand(op.inputs[0]), weight)
+
+    def _operand(self, name: str) -> str:
+        """Steps that a layer multiplies, quantized where OpenVINO looks for it.
+
+        Through windows that are rolled or padded it follows no quantization, and would take steps of 9 bits for 8.
+        """
+        maker = self._makers[name]
+        while maker.kind in LAYOUTS and maker.kind not in ('roll', 'pad_map'):
+            maker = self._makers[maker.inputs[0]]
+        if maker.kind not in LAYOUTS:
+            return self._whole(name)
+        return self.dequantize(self.quantized(self.reading(name), name), name)
 
     def _product(self, a: str, b: str) -> str:
         # OpenVINO would take one of the factors behind a product of int8 into it, and be far off in the other
