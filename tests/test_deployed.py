@@ -26,6 +26,8 @@ def test_engines_answer_as_the_simulation(deployed, engine):
     found = deploy(model, x[:2], engine)(x)
     if engine.endswith('qdq'):
         assert torch.corrcoef(torch.stack((found.flatten(), logits.flatten())))[0, 1] > 0.95
+    elif engine == 'openvino-integer':  # the same codes, times their scale in an order of its own
+        assert torch.allclose(found, logits, rtol=0, atol=1e-5)
     else:
         assert torch.equal(found, logits)
 

@@ -129,7 +129,7 @@ def test_openvino_is_reported_beside_onnxruntime(job, onnx_package, tmp_path, ca
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['--format', 'onnx', '--form', 'integer', '--target', 'openvino'], '32 bits'),
+        (['--format', 'onnx', '--form', 'integer', '--target', 'tensorrt'], 'no MatMulInteger'),
         (['--format', 'onnx', '--images', 'nowhere'], 'nowhere was given'),
         (['--images', '.'], '--images wants --format onnx'),
         (['--format', 'onnx', '--images', '{empty}'], 'holds no images'),

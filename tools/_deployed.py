@@ -17,8 +17,8 @@ from fqvit_plugin.native.model import NativeModel
 
 __all__ = ['ENGINES', 'deploy', 'same_answers']
 
-#: what runs a model of integers, and what runs its ONNX files: the exact one, and quantize-dequantize
-ENGINES = ('native', 'ort-integer', 'ort-qdq', 'openvino-qdq')
+#: what runs a model of integers, and what runs its ONNX files: those that keep its codes, and quantize-dequantize
+ENGINES = ('native', 'ort-integer', 'ort-qdq', 'openvino-integer', 'openvino-qdq')
 
 
 def deploy(model: Any, images: Tensor, engine: str) -> Callable[[Tensor], Tensor]:
@@ -49,7 +49,7 @@ def _onnxruntime(path: Path) -> Callable[[Tensor], Tensor]:
 def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
     import openvino
 
-    # float32 between integers: some CPUs would take bfloat16 unasked
+    # float32 between integers, and for integers that it carries: some CPUs would take bfloat16 unasked
     compiled = openvino.Core().compile_model(str(path), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
     return lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy())
 
