@@ -1,4 +1,4 @@
-"""HiddenQuantizer: what an MLP holds between its linear layers; outliers are split, and few bits have a codebook."""
+"""Codes of few bits that stand for searched levels, and hidden activations whose outliers are split."""
 
 from __future__ import annotations
 
@@ -12,45 +12,38 @@ from .quantizers import UniformQuantizer
 from .registry import QUANTIZERS
 from .scheme import BitType, QuantSpec
 
-__all__ = ['HiddenQuantizer', 'best_levels', 'copies_of']
+__all__ = ['HiddenQuantizer', 'LevelsQuantizer', 'best_levels', 'copies_of']
 
 #: Bits of the grid that the levels of a codebook lie on: what integer products take.
 CONTAINER_BITS = 8
 
 
-@QUANTIZERS.register_module(name=['hidden', 'HiddenQuantizer'])
-class HiddenQuantizer(UniformQuantizer):
-    """Activations after GELU, one scale.
+@QUANTIZERS.register_module(name=['levels', 'LevelsQuantizer'])
+class LevelsQuantizer(UniformQuantizer):
+    """One scale, and codes of fewer than 8 bits that stand for ``2**bits`` levels of an 8-bit grid.
 
-    Channels beyond the range are continued by copies (:class:`~fqvit_plugin.searching.SplitObserver`): the linear
-    layer before computes them once more for each copy, moved down by ``shifts``, and the layer after gives every copy
-    the channel's own weights, so that the sum of what saturates is the whole.
-
-    With fewer than 8 bits its codes stand for ``2**bits`` levels of an 8-bit grid: those of least squared error on
-    the last batch. A product takes the levels, so that integer arithmetic sees an 8-bit tensor that holds 16 values.
-    Searched levels generalize the searched logarithm's base of AdaLog (Wu et al., ECCV 2024).
+    The levels are those of least squared error on the last batch. A product takes the levels, so that integer
+    arithmetic sees an 8-bit tensor that holds 16 values. With 8 bits it is a uniform grid.
 
     Buffers:
-        copies, shifts: (n,) int64 and float32; the channel of each copy, and how far it is moved down.
         levels: (2**bits,) int64, ascending codes of the 8-bit grid; empty at 8 bits.
+
+    Source: Lloyd, Least squares quantization in PCM, 1982; searched levels generalize the searched logarithm's base
+    of AdaLog (Wu et al., ECCV 2024).
     """
 
-    copies: Tensor
-    shifts: Tensor
     levels: Tensor
 
     def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
         self.level_count = 2**spec.bit_type.bits if spec.bit_type.bits < CONTAINER_BITS else 0
         if spec.bit_type.signed or spec.axis is not None:
-            raise ValueError(f'hidden activations have an unsigned type and one scale, got {spec.bit_type.name}')
-        self.code_bits = spec.bit_type.bits
+            raise ValueError(f'{type(self).__name__} takes unsigned types and one scale, got {spec.bit_type.name}')
+        self.asked, self.code_bits = spec, spec.bit_type.bits
         if self.level_count:
             spec = dataclasses.replace(spec, bit_type=BitType(CONTAINER_BITS, False))
         super().__init__(spec, channels)
-        self.register_buffer('copies', torch.zeros(0, dtype=torch.int64))
-        self.register_buffer('shifts', torch.zeros(0))
         self.register_buffer('levels', torch.zeros(0, dtype=torch.int64))
-        self._searched: tuple[Tensor, Tensor] | None = None
+        self._found: Tensor | None = None
 
     @property
     def code_name(self) -> str:
@@ -58,25 +51,82 @@ class HiddenQuantizer(UniformQuantizer):
         return f'uint{self.code_bits} of levels' if self.level_count else super().code_name
 
     def take_qparams(self, x: Tensor) -> None:
-        """Find scale, zero point, copies and levels with ``x`` as the last batch."""
+        """Find scale, zero point and levels with ``x`` as the last batch."""
         super().take_qparams(x)
         assert self._taken is not None
-        copies = getattr(self.observer, 'copies', torch.zeros(0, dtype=torch.int64)).to(x.device)
-        levels = torch.zeros(0, dtype=torch.int64, device=x.device)
+        self._found = torch.zeros(0, dtype=torch.int64, device=x.device)
         if self.level_count:
             scale, zero_point = self._taken
             kind = self.spec.bit_type
             codes = (torch.round(x.detach().float() / scale) + zero_point).clamp_(kind.qmin, kind.qmax)
             counts = torch.bincount(codes.flatten().long(), minlength=2**kind.bits)
-            levels = best_levels(counts, self.level_count)
-        self._searched = copies, levels
+            self._found = best_levels(counts, self.level_count)
 
     def commit(self) -> None:
         """Write what was taken into the buffers."""
-        searched = self._searched
+        found = self._found
         super().commit()
-        assert searched is not None
-        self.copies, self.levels = searched
+        assert found is not None
+        self.levels = found
+
+    def reset(self) -> None:
+        """Start observing afresh."""
+        super().reset()
+        self._found = None
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Codes of the 8-bit grid, in floating point."""
+        codes = super().quantize(x)
+        return codes if not len(self.levels) else self.on_levels(codes)
+
+    def steps(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Whole steps from zero, in floating point."""
+        steps = super().steps(x, inplace)
+        return steps if not len(self.levels) else self.on_levels(steps + self.zero_point).sub_(self.zero_point)
+
+    def saturated_(self, x: Tensor) -> Tensor:
+        """Whole steps, each replaced by the nearest level's."""
+        steps = super().saturated_(x)
+        return steps if not len(self.levels) else self.on_levels(steps + self.zero_point).sub_(self.zero_point)
+
+    def on_levels(self, codes: Tensor) -> Tensor:
+        """The level nearest to each code, the lower one of two; of the type of ``codes``."""
+        middles = (self.levels[1:] + self.levels[:-1]) / 2
+        return self.levels[torch.bucketize(codes.contiguous(), middles.to(codes.dtype))].to(codes.dtype)
+
+
+@QUANTIZERS.register_module(name=['hidden', 'HiddenQuantizer'])
+class HiddenQuantizer(LevelsQuantizer):
+    """Activations after GELU: levels, and copies of channels beyond the range.
+
+    Such channels are continued by copies (:class:`~fqvit_plugin.searching.SplitObserver`): the linear layer before
+    computes them once more for each copy, moved down by ``shifts``, and the layer after gives every copy the
+    channel's own weights, so that the sum of what saturates is the whole.
+
+    Buffers, besides ``levels``:
+        copies, shifts: (n,) int64 and float32; the channel of each copy, and how far it is moved down.
+    """
+
+    copies: Tensor
+    shifts: Tensor
+
+    def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
+        super().__init__(spec, channels)
+        self.register_buffer('copies', torch.zeros(0, dtype=torch.int64))
+        self.register_buffer('shifts', torch.zeros(0))
+        self._copied: Tensor | None = None
+
+    def take_qparams(self, x: Tensor) -> None:
+        """Find scale, zero point, copies and levels with ``x`` as the last batch."""
+        super().take_qparams(x)
+        self._copied = getattr(self.observer, 'copies', torch.zeros(0, dtype=torch.int64)).to(x.device)
+
+    def commit(self) -> None:
+        """Write what was taken into the buffers."""
+        copied = self._copied
+        super().commit()
+        assert copied is not None
+        self.copies = copied
         top = self.levels[-1] if self.level_count else self.spec.bit_type.qmax
         # the first copy of a channel starts where the channel itself ends, the second where the first ends
         order = torch.arange(len(self.copies), device=self.copies.device)
@@ -86,21 +136,7 @@ class HiddenQuantizer(UniformQuantizer):
     def reset(self) -> None:
         """Start observing afresh."""
         super().reset()
-        self._searched = None
-
-    def quantize(self, x: Tensor) -> Tensor:
-        """Codes of the 8-bit grid, in floating point."""
-        codes = super().quantize(x)
-        return codes if not len(self.levels) else self._on_levels(codes)
-
-    def steps(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """Whole steps from zero, in floating point."""
-        steps = super().steps(x, inplace)
-        return steps if not len(self.levels) else self._on_levels(steps + self.zero_point).sub_(self.zero_point)
-
-    def _on_levels(self, codes: Tensor) -> Tensor:
-        middles = (self.levels[1:] + self.levels[:-1]) / 2
-        return self.levels[torch.bucketize(codes, middles.to(codes.dtype))].to(codes.dtype)
+        self._copied = None
 
 
 def best_levels(counts: Tensor, number: int) -> Tensor:

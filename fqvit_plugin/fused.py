@@ -117,6 +117,27 @@ class ToTable(NamedTuple):
         return self.table.index_select(0, index.flatten()).view(index.shape)
 
 
+def _grid_before(finish: ToGrid | ToTable, x: Tensor) -> ToGrid:
+    """What a pass that knows grids alone does of ``finish`` to (…, C)."""
+    if isinstance(finish, ToGrid):
+        return finish
+    one = torch.ones(x.shape[-1])
+    return ToGrid(one * finish.first, one * (finish.first + len(finish.table) - 1), one)
+
+
+def _table_after(finish: ToGrid | ToTable, x: Tensor) -> Tensor:
+    """The rest of ``finish``, in place."""
+    if isinstance(finish, ToTable):
+        rows, channels = x.numel() // x.shape[-1], x.shape[-1]
+        identity = torch.ones(channels, dtype=torch.float64)
+        _call(_library().fq_table, x, x, rows, channels, identity, identity / 2, *_table(finish))
+    return x
+
+
+def _table(finish: ToTable) -> tuple[Tensor, int, int]:
+    return finish.table, finish.first, len(finish.table)
+
+
 # ------------------------------------------------------------------------------------------------ C++
 
 
@@ -161,7 +182,7 @@ def affine(x: Tensor, rule: Affine, finish: ToGrid | ToTable) -> Tensor:
         if isinstance(finish, ToGrid):
             _call(lib.fq_rescale, x, x, rows, channels, *rule, *finish)
         else:
-            _call(lib.fq_table, x, x, rows, channels, *rule, finish.table, finish.first, len(finish.table))
+            _call(lib.fq_table, x, x, rows, channels, *rule, *_table(finish))
         return x
     out = x if x.dtype is torch.float32 else torch.empty_like(x, dtype=torch.float32)
     # |x gain| < 2**52 and |offset| <= 2**51
@@ -173,13 +194,14 @@ def affine(x: Tensor, rule: Affine, finish: ToGrid | ToTable) -> Tensor:
     )
 
 
-def add(a: Tensor, b: Tensor, rule: Add, finish: ToGrid) -> Tensor:
+def add(a: Tensor, b: Tensor, rule: Add, finish: ToGrid | ToTable) -> Tensor:
     """The sum of reals on two grids, (…, C), on a third; ``b`` broadcasts to ``a`` along leading axes."""
     a, b = a.contiguous(), b.contiguous()
     if (lib := _native(a, b)) and _is_tail(b.shape, a.shape):
         channels, out = a.shape[-1], torch.empty_like(a)
-        _call(lib.fq_add, a, b, out, a.numel() // channels, b.numel() // channels, channels, *rule, *finish)
-        return out
+        grid = _grid_before(finish, out)
+        _call(lib.fq_add, a, b, out, a.numel() // channels, b.numel() // channels, channels, *rule, *grid)
+        return _table_after(finish, out)
 
     def rows(a: Tensor, second: Tensor) -> Tensor:
         first = torch.mul(a, rule.inverse_a).round_().double()
@@ -240,7 +262,7 @@ def powers(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) 
     return high, both - high, total
 
 
-def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, finish: ToGrid) -> Tensor:
+def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, finish: ToGrid | ToTable) -> Tensor:
     """``(high + low) / total`` in steps of the values to the grid of the result, with one division for each row.
 
     ``r = 2**44 // total``, then ``m = (sums r + 2**27) >> 28`` (16 fractional bits) and
@@ -253,8 +275,9 @@ def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, fini
     gain = rule.gain * torch.exp2(-rule.shift - MEAN_BITS)
     if lib := _native(high, low, total):
         gain_value = ctypes.c_double(float(gain))
-        _call(lib.fq_mean, high, low, total, high, total.numel(), high.shape[-1], gain_value, *finish)
-        return high
+        grid = _grid_before(finish, high)
+        _call(lib.fq_mean, high, low, total, high, total.numel(), high.shape[-1], gain_value, *grid)
+        return _table_after(finish, high)
     one = 2.0**LARGEST_EXPONENT
 
     def rows(high: Tensor, low: Tensor, total: Tensor) -> Tensor:
@@ -268,7 +291,7 @@ def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, fini
     return by_slices(rows, high, low, total, out=high, size=_SLICE)
 
 
-def layernorm(x: Tensor, layer: LayerNormConstants, finish: ToGrid) -> Tensor:
+def layernorm(x: Tensor, layer: LayerNormConstants, finish: ToGrid | ToTable) -> Tensor:
     """The strict integer LayerNorm of (…, C), on the grid of its result; see ``intmath.int_layernorm``."""
     if lib := _native(x):
         out, channels = torch.empty_like(x), x.shape[-1]
@@ -280,6 +303,7 @@ def layernorm(x: Tensor, layer: LayerNormConstants, finish: ToGrid) -> Tensor:
             ctypes.c_double(float(layer.guard)),
             ctypes.c_double(float(layer.root_bits)),
         )
-        _call(lib.fq_layernorm, x, out, x.numel() // channels, channels, *scalars, gain, offset, *finish)
-        return out
+        grid = _grid_before(finish, x)
+        _call(lib.fq_layernorm, x, out, x.numel() // channels, channels, *scalars, gain, offset, *grid)
+        return _table_after(finish, out)
     return by_slices(lambda rows: finish.finish(whole_layernorm(rows, layer)), x)

@@ -73,7 +73,7 @@ def _change_(layer: Any, override: Override, device: torch.device) -> None:
         layer.spec = dataclasses.replace(spec, quantizer=kind)
         layer.quantizer = None if layer.log_int else build_quantizer(layer.spec).to(device)
     elif isinstance(layer, QAct):
-        spec = layer.quantizer.spec
+        spec = getattr(layer.quantizer, 'asked', layer.quantizer.spec)
         if override.act_bits is not None:
             spec = _with_bits(spec, override.act_bits)
             if spec.quantizer == 'hidden' and override.act_bits != 8 and not layer.quantizer.level_count:

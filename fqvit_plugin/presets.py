@@ -94,8 +94,8 @@ def get_scheme(
     weight = QuantSpec(BitType(known['weight_bits'], True), axis=0, arithmetic=arithmetic)
     act = QuantSpec(BitType(stream, False), observer_name, arithmetic=arithmetic, observer_options=options)
     operand = dataclasses.replace(act, bit_type=BitType(known['act_bits'], False))
-    if operand.bit_type.bits < 8 and low and observer_name == 'minmax':
-        operand = dataclasses.replace(operand, observer='mse')
+    if operand.bit_type.bits < 8 and low:
+        operand = dataclasses.replace(operand, quantizer='levels')
     norm_input = dataclasses.replace(act, observer='ptf', observer_options=(), axis=-1) if ptf else act
     attn_type = BitType(known['attn_bits'], False)
     probs_quantizer = 'log2' if lis or attn_type.bits < 8 else 'uniform'

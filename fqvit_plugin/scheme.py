@@ -229,7 +229,8 @@ class QuantScheme:
         weight: weights of the blocks' linear layers; axis 0 keeps its own scale.
         edge_weight: weights outside of blocks: patch embedding and classifier.
         act: activations that no block multiplies: image, attention logits, features, class logits.
-        operand: activations that products in blocks read: outputs of LayerNorm, query, key, value, context.
+        operand: activations that products in blocks read: outputs of LayerNorm, query, key, value, context; levels
+            where bits are few.
         hidden: what an MLP holds between its linear layers.
         branch: what attention and MLP hand to the residual sum, and what a plain ViT's stream begins as (patches,
             class token, position embedding); in strict arithmetic a scale for each channel.

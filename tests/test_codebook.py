@@ -178,9 +178,25 @@ def test_copies_and_the_channel_sum_to_the_whole(bits):
     assert float(parts.max()) < 100
 
 
+def test_levels_of_an_operand_lose_less_than_the_best_even_grid():
+    """Oracle: the mse observer's grid, of all those with 16 even steps."""
+    x = torch.randn(4, 50, 64, generator=torch.Generator().manual_seed(0)) ** 3
+
+    def on_grid(**spec):
+        quantizer = build_quantizer(QuantSpec(BitType(4, False), **spec))
+        quantizer.observe(x)
+        quantizer.take_qparams(x)
+        quantizer.commit()
+        return quantizer(x)
+
+    levels, even = on_grid(quantizer='levels'), on_grid(observer='mse', observer_options=(('norm', 2.0),))
+    assert len(levels.unique()) == 16
+    assert (levels - x).square().mean() < 0.8 * (even - x).square().mean()
+
+
 @pytest.mark.parametrize('spec', [dict(bit_type=BitType(8, True)), dict(bit_type=UINT8, observer='minmax', axis=-1)])
 def test_signed_types_and_axes_are_refused(spec):
-    with pytest.raises(ValueError, match='hidden activations have an unsigned type and one scale'):
+    with pytest.raises(ValueError, match='HiddenQuantizer takes unsigned types and one scale'):
         HiddenQuantizer(QuantSpec(**spec), 4)
 
 

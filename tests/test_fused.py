@@ -142,6 +142,30 @@ def test_weighted_mean(monkeypatch):
             assert y[i, d] == max(-7, min(8, steps))
 
 
+def test_every_pass_may_end_in_a_table(monkeypatch):
+    """Oracle: the same pass to whole steps, which the tests above check, and the table's entries for these."""
+    one, table = torch.tensor(1.0), uniform(16, seed=8)
+    steps, through = fused.ToGrid.of(torch.tensor(-7), torch.tensor(8), one, C), fused.ToTable(table, -7)
+    scale = torch.full((C,), 0.02)
+    x = whole(50, C, low=-128, high=128) * scale
+    added = fused.Add.of(add_rule(scale, scale, torch.tensor(0.3)), scale, scale, C)
+    layer = layernorm_constants(C, scale, torch.tensor(128.0), torch.tensor(0.3), torch.ones(C), torch.zeros(C), 1e-6)
+    parts = (whole(50, C, low=-3, high=4) / 2**7, torch.zeros(50, C), torch.ones(50, 1))
+    rule = mean_rule(torch.tensor(100.0, dtype=torch.float64))
+
+    def run(finish):
+        return [
+            fused.add(x, x, added, finish),
+            fused.layernorm(x.clone(), layer, finish),
+            fused.weighted_mean(*(t.clone() for t in parts), rule, finish),
+        ]
+
+    expected = [table[y.long() + 7] for y in run(steps)]
+    for y, wanted in zip(both_ways(monkeypatch, lambda: run(through)), expected, strict=True):
+        assert torch.equal(y, wanted)
+        assert len(y.unique()) > 3
+
+
 @pytest.mark.parametrize('rows', [3, 4000])
 @pytest.mark.parametrize('last', [3, 7])
 def test_layernorm(monkeypatch, rows, last):

@@ -386,10 +386,11 @@ def test_an_exception_leaves_the_model_in_float(steps):
 
 
 @pytest.mark.parametrize(
-    'options', [dict(block_steps=-1), dict(batch_size=0), dict(crop=0), dict(mix=1.5), dict(model_steps=-2)]
+    'options',
+    [dict(block_steps=-1), dict(batch_size=0), dict(crop=0), dict(mix=1.5), dict(model_steps=-2), dict(views=-1)],
 )
 def test_bad_options_of_tune_are_refused(options):
-    with pytest.raises(ValueError, match='tune wants block_steps and model_steps from 0'):
+    with pytest.raises(ValueError, match='tune wants block_steps, model_steps and views from 0'):
         Tune(**options)
 
 

@@ -40,12 +40,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     'w6a6': dict(name='fqvit_w6a6'),
     'w6a6 nearest': dict(name='fqvit_w6a6', steps=[]),
     'w4a8': dict(name='fqvit_w4a8'),
+    'w4a8 tuned': dict(name='fqvit_w4a8', steps=['round', 'tune']),
     'w4a8 nearest': dict(name='fqvit_w4a8', steps=[]),
     'w4a4': dict(name='fqvit_w4a4'),
     'w4a4 nearest': dict(name='fqvit_w4a4', steps=[]),
     'w4a4 equalized': dict(name='fqvit_w4a4', steps=['equalize']),
     'w4a4 rounded': dict(name='fqvit_w4a4', steps=['round']),
-    'w4a4 tuned': dict(name='fqvit_w4a4', steps=['equalize', 'round', 'tune']),
+    'w4a4 tuned': dict(name='fqvit_w4a4', steps=['equalize', 'tune']),
 }
 _EXAMPLES = """\
 IMAGES holds calib/ and val/, flat folders of files named `<class index>_<anything>.jpg`, and weights/ with the

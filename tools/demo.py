@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {'vit': 'VisionTransformer', 'swin': 'SwinTransformer'}
 SCHEMES = ('fqvit_w8a8', 'fqvit_w8a8_attn4')
+LOW_BITS = ('fqvit_w6a6', 'fqvit_w4a8', 'fqvit_w4a4')
 OBSERVERS = ('minmax', 'ema', 'percentile', 'omse')
 EXAMPLES = """\
 examples:
@@ -82,11 +83,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def recipes(observers: Sequence[str]) -> Iterator[Recipe]:
-    """What is compared: both schemes with each observer, and the published arithmetic once."""
+    """What is compared: both schemes with each observer, the published arithmetic once, and fewer bits."""
     for scheme in SCHEMES:
         for observer in observers:
             yield Recipe(scheme, observer)
     yield Recipe(SCHEMES[-1], observers[0], preset='reference')
+    for scheme in LOW_BITS:
+        yield Recipe(scheme, observers[0])
 
 
 def say(model: str, text: str) -> None:
@@ -202,7 +205,7 @@ def print_table(rows: Sequence[Row], images: int) -> None:
     table.caption = (
         f'top-1: higher is better; {images} images that were not trained or calibrated on, one is '
         f'{100 / images:.2f}.\nbytes: lower is better; weights, biases, norms and scales.\n'
-        'The schemes tie where no probability below 2^-14 matters, as with the 16 or 17 tokens here.'
+        'Schemes of 8 bits tie where no probability below 2^-14 matters, as with the 16 or 17 tokens here.'
     )
     table.caption_justify = 'left'
     # a pipe has no width: take what the table needs, so that rows stay whole

@@ -6,12 +6,13 @@ All real arithmetic of the conversion happens here, in float64, once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..codebook import LevelsQuantizer
 from ..dyadic import add_rule, affine_rule, mean_rule
 from ..intmath import LARGEST_EXPONENT, input_range, layernorm_constants, log_int_softmax_codes
 from ..layers import QAct, QActOf, QIntLayerNorm
@@ -139,7 +140,8 @@ class Builder:
 
     def linear(self, x: Codes, layer: Any, act: QAct, factor: Tensor | None = None) -> Codes:
         """A linear layer and its output's quantizer; ``factor`` (layer scale) multiplies the output."""
-        return self.affine(self.linear_sums(x, layer), self.grid(act), 1.0 if factor is None else factor)
+        sums = self.linear_sums(x, layer)
+        return self._onto(act, lambda out: self.affine(sums, out, 1.0 if factor is None else factor))
 
     def linear_sums(self, x: Codes, layer: Any) -> Sums:
         """The accumulators of a linear layer or of a convolution on patches."""
@@ -181,6 +183,17 @@ class Builder:
         }
         shift = int(rule.shift)
         self.emit('add', [a.name, b.name], out.name, constants, shift=shift, bits=out.bits)
+        return self._codes(out)
+
+    def _onto(self, act: QAct, make: Callable[[Codes], Codes], name: str | None = None) -> Codes:
+        """What ``make`` puts on the grid that it is given, on the levels of ``act`` where it has some."""
+        out, quantizer = grid_of(act, name or self.path(act)), act.quantizer
+        if not isinstance(quantizer, LevelsQuantizer) or not quantizer.level_count:
+            return make(out)
+        fine = make(replace(out, name=f'{out.name}.grid'))
+        kind = quantizer.spec.bit_type
+        levels = quantizer.on_levels(torch.arange(kind.qmin, kind.qmax + 1, device=quantizer.levels.device))
+        self.emit('lookup', [fine.name], out.name, {'table': (levels - 2 ** (kind.bits - 1)).to(torch.int8)})
         return self._codes(out)
 
     def lookup(self, x: Codes, function: Callable[[Tensor], Tensor], act: QAct) -> Codes:
@@ -238,21 +251,26 @@ class Builder:
     ) -> Codes:
         """Log-Int-Softmax of ``logits``, with codes of ``bits`` bits, times ``value``, on the grid of ``act``."""
         scale, zero = value.single
-        out = grid_of(act, name)
-        out_scale, out_zero = out.single
         distance = torch.arange(2**logits.bits, dtype=torch.float32)
         codes, last = log_int_softmax_codes(distance, logits.scale.float(), bits)
         constants = {'exponents': torch.where(codes < last, LARGEST_EXPONENT - codes, -1.0).to(torch.int8)}
         if mask is not None:
             constants['mask'] = mask < 0
-        rule = mean_rule(torch.tensor(scale / out_scale, dtype=torch.float64))
-        settings = dict(zero=zero, gain=int(rule.gain), shift=int(rule.shift), out_zero=out_zero, bits=out.bits)
-        self.emit('attend', [logits.name, value.name], out.name, constants, **settings)
-        return self._codes(out)
+
+        def attend(out: Codes) -> Codes:
+            out_scale, out_zero = out.single
+            rule = mean_rule(torch.tensor(scale / out_scale, dtype=torch.float64))
+            settings = dict(zero=zero, gain=int(rule.gain), shift=int(rule.shift), out_zero=out_zero, bits=out.bits)
+            self.emit('attend', [logits.name, value.name], out.name, constants, **settings)
+            return self._codes(out)
+
+        return self._onto(act, attend, name)
 
     def layernorm(self, x: Codes, norm: QIntLayerNorm, act: QAct) -> Codes:
         """The integer LayerNorm of ``x``, on the grid of ``act``."""
-        out = self.grid(act)
+        return self._onto(act, lambda out: self._layernorm(x, norm, out))
+
+    def _layernorm(self, x: Codes, norm: QIntLayerNorm, out: Codes) -> Codes:
         channels = norm.normalized_shape[0]
         weight = torch.ones(channels) if norm.weight is None else norm.weight.detach().cpu()
         bias = torch.zeros(channels) if norm.bias is None else norm.bias.detach().cpu()

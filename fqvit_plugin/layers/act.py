@@ -57,15 +57,23 @@ class QAct(QuantLayer):
         uniform = isinstance(self.quantizer, UniformQuantizer) and spec.axis in (None, -1)
         return self.phase is Phase.QUANT and uniform and spec.arithmetic == 'strict' and spec.bit_type.bits <= 8
 
-    def to_grid(self, channels: int) -> ToGrid:
-        """What lays whole steps of (…, channels) on its grid."""
+    def to_grid(self, channels: int) -> ToGrid | ToTable:
+        """What lays whole steps of (…, channels) on its grid, or on its levels."""
+        levels = getattr(self.quantizer, 'levels', None)
+        if levels is None or not len(levels):
+            return self._evenly(channels, self.scale)
         spec, zero_point = self.quantizer.spec.bit_type, self.quantizer.zero_point
-        return ToGrid.of(spec.qmin - zero_point, spec.qmax - zero_point, self.scale, channels)
+        codes = torch.arange(spec.qmin, spec.qmax + 1, device=levels.device)
+        table = (self.quantizer.on_levels(codes) - zero_point).float() * self.scale
+        return ToTable(table, spec.qmin - int(zero_point))
 
     def to_steps(self, channels: int) -> ToGrid:
-        """What saturates whole steps of (…, channels) and leaves them steps."""
-        grid = self.to_grid(channels)
-        return ToGrid(grid.low, grid.high, torch.ones_like(grid.scale))
+        """What saturates whole steps of (…, channels) and leaves them steps; for layers without levels."""
+        return self._evenly(channels, torch.ones_like(self.scale))
+
+    def _evenly(self, channels: int, scale: Tensor) -> ToGrid:
+        spec, zero_point = self.quantizer.spec.bit_type, self.quantizer.zero_point
+        return ToGrid.of(spec.qmin - zero_point, spec.qmax - zero_point, scale, channels)
 
     def laid(self, x: Exact) -> Tensor:
         """``x`` on its grid, by the integer rules."""
@@ -89,7 +97,8 @@ class QAct(QuantLayer):
         scale, zero_point = align(scale, x, axis), align(quantizer.zero_point, x, axis)
         steps = x / scale
         inside = steps.clamp(spec.qmin - zero_point, spec.qmax - zero_point)
-        whole = inside.round() if self.tuned is not None else quantizer.steps(x.detach())
+        fixed = self.tuned is None
+        whole = quantizer.steps(x.detach()) if fixed else quantizer.saturated_(inside.detach().round())
         return (inside + (whole - inside).detach()) * scale
 
     def forward(self, x: Tensor | Exact) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import Arithmetic
-from ..fused import ToGrid, layernorm
+from ..fused import ToGrid, ToTable, layernorm
 from ..intmath import (
     LayerNormConstants,
     input_range,
@@ -100,7 +100,7 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
             steps = int_layernorm(x, in_scale, in_range(), out_act.scale, weight, bias, self.eps)
             return out_act.quantizer.from_steps_(steps)
 
-        def constants() -> tuple[LayerNormConstants, ToGrid]:
+        def constants() -> tuple[LayerNormConstants, ToGrid | ToTable]:
             arguments = (in_scale, in_range(), out_act.scale, weight, bias, self.eps)
             return layernorm_constants(x.shape[-1], *arguments), out_act.to_grid(x.shape[-1])
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..codebook import LevelsQuantizer
 from ..layers import QAct
 from ..lifecycle import quant, set_phase
 from ..phase import Phase
@@ -34,6 +36,7 @@ class Tune(Step):
         block_steps: gradient steps for each block; 0 leaves blocks out.
         model_steps: gradient steps for the whole model; 0 leaves it out.
         batch_size: images of a gradient step.
+        views: random crops and reflections of each image that blocks see besides it.
         rounding_rate, scale_rate: learning rates of Adam for blocks, in steps and relative; the model's are
             ``model_rate`` times these.
         model_rate: see there.
@@ -49,24 +52,25 @@ class Tune(Step):
     def __init__(
         self,
         block_steps: int = 200,
-        model_steps: int = 400,
+        model_steps: int = 600,
         batch_size: int = 32,
+        views: int = 2,
         rounding_rate: float = 5e-3,
         scale_rate: float = 1e-3,
-        model_rate: float = 0.4,
+        model_rate: float = 0.2,
         mix: float = 0.5,
         features: float = 1.0,
         crop: float = 0.5,
         reach: float = 1.5,
         seed: int = 0,
     ) -> None:
-        if block_steps < 0 or model_steps < 0 or batch_size < 1 or not 0 < crop <= 1 or not 0 <= mix <= 1:
+        if min(block_steps, model_steps, views) < 0 or batch_size < 1 or not 0 < crop <= 1 or not 0 <= mix <= 1:
             raise ValueError(
-                'tune wants block_steps and model_steps from 0, batch_size from 1, crop and mix in 0 to 1, got '
-                f'{block_steps}, {model_steps}, {batch_size}, {crop}, {mix}'
+                'tune wants block_steps, model_steps and views from 0, batch_size from 1, crop and mix in 0 to 1, '
+                f'got {block_steps}, {model_steps}, {views}, {batch_size}, {crop}, {mix}'
             )
         self.block_steps, self.model_steps, self.batch_size = block_steps, model_steps, batch_size
-        self.rates = (rounding_rate, scale_rate)
+        self.rates, self.views = (rounding_rate, scale_rate), views
         self.model_rate, self.mix, self.features, self.crop = model_rate, mix, features, crop
         self.reach, self.seed = reach, seed
 
@@ -75,7 +79,10 @@ class Tune(Step):
         quant(calibration.model)
         generator = torch.Generator().manual_seed(self.seed)
         if self.block_steps:
-            for name, block, floats, quants, wanted in walk(calibration):
+            images = _Images(calibration, generator, self.crop, self.batch_size)
+            views = [images.again(batch) for _ in range(self.views) for batch in calibration.batches]
+            seen = replace(calibration, batches=[*calibration.batches, *views])
+            for name, block, floats, quants, wanted in walk(seen):
                 calibration.report(f'tune: {name}')
                 streams = (torch.cat(floats), torch.cat(quants), torch.cat(wanted))
                 self._tune_block(calibration, block, streams, generator)
@@ -181,7 +188,7 @@ def _attach(module: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 def _is_read(act: QAct) -> bool:
     """Whether one scale serves the whole tensor and nothing else depends on it."""
     quantizer = act.quantizer
-    return quantizer.scale.ndim == 0 and type(quantizer) is UniformQuantizer
+    return quantizer.scale.ndim == 0 and type(quantizer) in (UniformQuantizer, LevelsQuantizer)
 
 
 @torch.no_grad()
@@ -242,10 +249,15 @@ class _Images:
 
     def __next__(self) -> Any:
         chosen = torch.randint(0, len(self.pool), (self.size,), generator=self.generator).tolist()
-        images = [self._view(self.pool[i]) for i in chosen]
-        if self.is_dict:
-            return {'inputs': images}
-        return torch.stack(images)
+        return self._batch([self.pool[i] for i in chosen])
+
+    def again(self, batch: Any) -> Any:
+        """A view of each image of ``batch``."""
+        return self._batch(_images_of(batch))
+
+    def _batch(self, images: Sequence[Tensor]) -> Any:
+        views = [self._view(image) for image in images]
+        return {'inputs': views} if self.is_dict else torch.stack(views)
 
     def _view(self, image: Tensor) -> Tensor:
         """A crop at the size of the image, perhaps reflected; of its type."""
