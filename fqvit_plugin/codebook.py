@@ -38,7 +38,7 @@ class LevelsQuantizer(UniformQuantizer):
         self.level_count = 2**spec.bit_type.bits if spec.bit_type.bits < CONTAINER_BITS else 0
         if spec.bit_type.signed or spec.axis is not None:
             raise ValueError(f'{type(self).__name__} takes unsigned types and one scale, got {spec.bit_type.name}')
-        self.asked, self.code_bits = spec, spec.bit_type.bits
+        self.asked = spec
         if self.level_count:
             spec = dataclasses.replace(spec, bit_type=BitType(CONTAINER_BITS, False))
         super().__init__(spec, channels)
@@ -48,7 +48,7 @@ class LevelsQuantizer(UniformQuantizer):
     @property
     def code_name(self) -> str:
         """``uint8``, or ``uint4 of levels``."""
-        return f'uint{self.code_bits} of levels' if self.level_count else super().code_name
+        return f'uint{self.asked.bit_type.bits} of levels' if self.level_count else super().code_name
 
     def take_qparams(self, x: Tensor) -> None:
         """Find scale, zero point and levels with ``x`` as the last batch."""
@@ -76,21 +76,27 @@ class LevelsQuantizer(UniformQuantizer):
 
     def quantize(self, x: Tensor) -> Tensor:
         """Codes of the 8-bit grid, in floating point."""
-        codes = super().quantize(x)
-        return codes if not len(self.levels) else self.on_levels(codes)
+        return self._on_levels(super().quantize(x))
 
     def steps(self, x: Tensor, inplace: bool = False) -> Tensor:
         """Whole steps from zero, in floating point."""
-        steps = super().steps(x, inplace)
-        return steps if not len(self.levels) else self.on_levels(steps + self.zero_point).sub_(self.zero_point)
+        return self._stepped(super().steps(x, inplace))
 
     def saturated_(self, x: Tensor) -> Tensor:
         """Whole steps, each replaced by the nearest level's."""
-        steps = super().saturated_(x)
-        return steps if not len(self.levels) else self.on_levels(steps + self.zero_point).sub_(self.zero_point)
+        return self._stepped(super().saturated_(x))
 
-    def on_levels(self, codes: Tensor) -> Tensor:
-        """The level nearest to each code, the lower one of two; of the type of ``codes``."""
+    def nearest(self) -> Tensor:
+        """The level nearest to each code of the 8-bit grid, in their order, the lower one of two; (256,) int64."""
+        kind = self.spec.bit_type
+        return self._on_levels(torch.arange(kind.qmin, kind.qmax + 1, device=self.levels.device))
+
+    def _stepped(self, steps: Tensor) -> Tensor:
+        return self._on_levels(steps + self.zero_point).sub_(self.zero_point) if len(self.levels) else steps
+
+    def _on_levels(self, codes: Tensor) -> Tensor:
+        if not len(self.levels):
+            return codes
         middles = (self.levels[1:] + self.levels[:-1]) / 2
         return self.levels[torch.bucketize(codes.contiguous(), middles.to(codes.dtype))].to(codes.dtype)
 
@@ -114,29 +120,17 @@ class HiddenQuantizer(LevelsQuantizer):
         super().__init__(spec, channels)
         self.register_buffer('copies', torch.zeros(0, dtype=torch.int64))
         self.register_buffer('shifts', torch.zeros(0))
-        self._copied: Tensor | None = None
-
-    def take_qparams(self, x: Tensor) -> None:
-        """Find scale, zero point, copies and levels with ``x`` as the last batch."""
-        super().take_qparams(x)
-        self._copied = getattr(self.observer, 'copies', torch.zeros(0, dtype=torch.int64)).to(x.device)
 
     def commit(self) -> None:
         """Write what was taken into the buffers."""
-        copied = self._copied
-        super().commit()
-        assert copied is not None
-        self.copies = copied
+        copies = getattr(self.observer, 'copies', torch.zeros(0, dtype=torch.int64))
+        super().commit()  # which forgets the observer
+        self.copies = copies.to(self.scale.device)
         top = self.levels[-1] if self.level_count else self.spec.bit_type.qmax
         # the first copy of a channel starts where the channel itself ends, the second where the first ends
         order = torch.arange(len(self.copies), device=self.copies.device)
         first = torch.searchsorted(self.copies, self.copies)
         self.shifts = (order - first + 1) * (top - self.zero_point) * self.scale
-
-    def reset(self) -> None:
-        """Start observing afresh."""
-        super().reset()
-        self._copied = None
 
 
 def best_levels(counts: Tensor, number: int) -> Tensor:

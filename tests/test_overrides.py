@@ -70,6 +70,15 @@ def test_observers_change_but_ptf_stays():
     assert not isinstance(model.backbone.layers[1].norm1_act.quantizer.observer, PercentileObserver)
 
 
+def test_another_observer_leaves_as_many_levels():
+    model = models.vit()
+    change = dict(layers='backbone.layers.0.norm1_act', observer='percentile')
+    fq.quantize_model_(model, fq.get_scheme('fqvit_w4a4', overrides=[change]))
+    quantizer = model.backbone.layers[0].norm1_act.quantizer
+    assert isinstance(quantizer.observer, PercentileObserver)
+    assert quantizer.code_name == 'uint4 of levels'
+
+
 @pytest.mark.parametrize(
     ('lis', 'attn_bits', 'quantizer'), [(True, 4, None), (False, 4, 'log2'), (False, 10, 'uniform')]
 )

@@ -24,7 +24,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = {'vit': 'VisionTransformer', 'swin': 'SwinTransformer'}
 SCHEMES = ('fqvit_w8a8', 'fqvit_w8a8_attn4')
-LOW_BITS = ('fqvit_w6a6', 'fqvit_w4a8', 'fqvit_w4a4')
 OBSERVERS = ('minmax', 'ema', 'percentile', 'omse')
 EXAMPLES = """\
 examples:
@@ -84,6 +83,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def recipes(observers: Sequence[str]) -> Iterator[Recipe]:
     """What is compared: both schemes with each observer, the published arithmetic once, and fewer bits."""
+    from fqvit_plugin.presets import LOW_BITS
+
     for scheme in SCHEMES:
         for observer in observers:
             yield Recipe(scheme, observer)

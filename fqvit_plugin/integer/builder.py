@@ -191,9 +191,8 @@ class Builder:
         if not isinstance(quantizer, LevelsQuantizer) or not quantizer.level_count:
             return make(out)
         fine = make(replace(out, name=f'{out.name}.grid'))
-        kind = quantizer.spec.bit_type
-        levels = quantizer.on_levels(torch.arange(kind.qmin, kind.qmax + 1, device=quantizer.levels.device))
-        self.emit('lookup', [fine.name], out.name, {'table': (levels - 2 ** (kind.bits - 1)).to(torch.int8)})
+        table = (quantizer.nearest() - 2 ** (out.bits - 1)).to(torch.int8)
+        self.emit('lookup', [fine.name], out.name, {'table': table})
         return self._codes(out)
 
     def lookup(self, x: Codes, function: Callable[[Tensor], Tensor], act: QAct) -> Codes:

@@ -63,8 +63,7 @@ class QAct(QuantLayer):
         if levels is None or not len(levels):
             return self._evenly(channels, self.scale)
         spec, zero_point = self.quantizer.spec.bit_type, self.quantizer.zero_point
-        codes = torch.arange(spec.qmin, spec.qmax + 1, device=levels.device)
-        table = (self.quantizer.on_levels(codes) - zero_point).float() * self.scale
+        table = (self.quantizer.nearest() - zero_point).float() * self.scale
         return ToTable(table, spec.qmin - int(zero_point))
 
     def to_steps(self, channels: int) -> ToGrid:
