@@ -66,6 +66,8 @@ ORDER = [
     'surgery',
     'steps',
     'steps.base',
+    'steps.parts',
+    'steps.statistics',
     'steps.equalize',
     'steps.rounding',
     'steps.tuning',

@@ -261,26 +261,24 @@ def test_round_beats_nearest_rounding_at_4_bits(name):
     assert unseen < 0.8
 
 
-def test_round_takes_what_comes_first_into_account():
-    """The mean of each block's output is the float one's, although the blocks before are quantized."""
-    data = models.batches(3, per_batch=8)
-    model = recalibrated(models.vit, data, 'fqvit_w4a8', ['round'])
-    layer = model.backbone.layers[1].ffn.layers[1]
-    means = []
+@pytest.mark.parametrize('name', MODELS)
+def test_round_makes_up_for_what_comes_first(name):
+    """The stream behind each block has the float one's mean, although the blocks before are quantized."""
+    make, size = MODELS[name]
+    data = models.batches(3, size, per_batch=8)
+    model = recalibrated(make, data, 'fqvit_w4a8', [dict(type='round', share=0)])
+    acts = [m.residual_act for _, m in blocks_of(model) if hasattr(m, 'attn')]
+    streams = []
     for phase in (Phase.FLOAT, Phase.QUANT):
         set_phase(model, phase)
-        seen = []
-
-        def keep(_, __, out, seen=seen):
-            seen.append(out if isinstance(out, torch.Tensor) else out.value())
-
-        handle = layer.register_forward_hook(keep)
+        seen = {act: [] for act in acts}
+        handles = [a.register_forward_hook(lambda m, _, out, seen=seen: seen[m].append(out)) for a in acts]
         logits(model, data)
-        handle.remove()
-        means.append(torch.cat(seen).flatten(0, -2))
-    floats, quants = means
-    off = (floats.mean(0) - quants.mean(0)).abs().max()
-    assert off < 0.02 * floats.std()
+        for handle in handles:
+            handle.remove()
+        streams.append([torch.cat(seen[act]).flatten(0, -2) for act in acts])
+    for floats, quants in zip(*streams, strict=True):
+        assert (floats.mean(0) - quants.mean(0)).abs().max() < 0.02 * floats.std()
 
 
 def test_weights_that_cannot_be_chosen_stay_at_the_nearest():
@@ -291,9 +289,11 @@ def test_weights_that_cannot_be_chosen_stay_at_the_nearest():
     assert torch.equal(logits(plain, data), logits(rounded, data))
 
 
-@pytest.mark.parametrize('options', [dict(damp=0), dict(damp=2), dict(shrink=0), dict(shrink=1.5)])
+@pytest.mark.parametrize(
+    'options', [dict(damp=0), dict(damp=2), dict(shrink=0), dict(shrink=1.5), dict(ridge=0), dict(share=2)]
+)
 def test_bad_options_of_round_are_refused(options):
-    with pytest.raises(ValueError, match='round wants damp and shrink between 0 and 1'):
+    with pytest.raises(ValueError, match='round wants damp and shrink between 0 and 1, ridge above 0'):
         Round(**options)
 
 

@@ -21,7 +21,7 @@ from ..lifecycle import set_phase
 from ..phase import Phase
 from ..quantizers import WeightQuantizer
 
-__all__ = ['Block', 'Calibration', 'Step', 'blocks_of', 'in_phase', 'roundable', 'walk', 'weight_layers']
+__all__ = ['Block', 'Calibration', 'Step', 'blocks_of', 'first_of', 'in_phase', 'roundable', 'walk', 'weight_layers']
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Step(ABC):
         """
 
 
-class _ArrivedError(Exception):
+class ArrivedError(Exception):
     """The forward pass has come far enough."""
 
 
@@ -90,6 +90,13 @@ def blocks_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def weight_layers(module: nn.Module) -> list[tuple[str, Any]]:
     """Layers with a weight in ``module``, with their paths."""
     return [(name, m) for name, m in module.named_modules() if isinstance(m, (QConv2d, QLinear))]
+
+
+def first_of(out: Any) -> Tensor:
+    """The first tensor of what a module puts out."""
+    while isinstance(out, (tuple, list)):
+        out = out[0]
+    return out
 
 
 def roundable(module: nn.Module) -> list[Any]:
@@ -130,14 +137,14 @@ class Block:
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             streams.append(args[0].detach().clone())
             rest.append((args[1:], kwargs))
-            raise _ArrivedError
+            raise ArrivedError
 
         handle = module.register_forward_pre_hook(catch, with_kwargs=True)
         try:
             for batch in calibration.batches if batches is None else batches:
                 try:
                     calibration.forward(calibration.model, batch)
-                except _ArrivedError:
+                except ArrivedError:
                     continue
         finally:
             handle.remove()

@@ -2,123 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..lifecycle import quant
+from ..lifecycle import quant, set_phase
 from ..phase import Phase
 from ..registry import STEPS
-from .base import Block, Calibration, Step, in_phase, roundable, walk
+from .base import Calibration, Step, blocks_of, roundable, walk
+from .parts import parts_of
+from .statistics import Moments, row_weights
 
-__all__ = ['Round', 'round_with_feedback', 'searched_scale']
+__all__ = ['Round', 'damped', 'round_with_feedback', 'searched_scale']
 
 
 @STEPS.register_module(name=['round', 'Round'])
 class Round(Step):
     """Chooses the codes of every weight in the blocks, and its bias, layer by layer along the quantized stream.
 
-    The scale of a row is the one of least error, each column weighted by its input's second moment. Columns are then
-    rounded one after the other, and those to come take over what the rounded ones did wrong. The bias moves so that
-    the mean of the output is that of the float model.
+    A weight is first moved so that the layer, on the inputs which the quantized model gives it, comes nearer to what
+    the float model's layer puts out; a layer that adds to the residual stream makes up for the stream's own error
+    too. That is a ridge regression on the input. The scale of a row is the one of least error, each column weighted
+    by its input's variance. Columns are then rounded one after the other, and those to come take over what the
+    rounded ones did wrong. The bias moves so that the mean of the output is the wanted one. Rows of the output count
+    as much as they matter to the model's answers.
 
     Args:
-        damp: added to the diagonal of the inputs' second moments, as a part of its mean; between 0 and 1.
+        damp: added to the diagonal of the inputs' covariance for rounding, as a part of its mean; between 0 and 1.
         shrink: the narrowest range that is tried, as a part of a row's.
+        ridge: added to the diagonal for the regression, as a part of its mean; infinite: no regression.
+        share: how much of a row's weight is its importance; the rest is alike for all rows. 0 to 1.
 
-    Source: Frantar et al., GPTQ, ICLR 2023; Nagel et al., ICCV 2019 (bias correction).
+    Source: Frantar et al., GPTQ, ICLR 2023; Zhong et al., ERQ, ICML 2024, and Fu et al., QwT, CVPR 2025 (regression);
+    Nagel et al., ICCV 2019 (bias correction); Li et al., BRECQ, ICLR 2021 (Fisher information).
     """
 
-    def __init__(self, damp: float = 0.01, shrink: float = 0.3) -> None:
-        if not 0 < damp <= 1 or not 0 < shrink <= 1:
-            raise ValueError(f'round wants damp and shrink between 0 and 1, got {damp} and {shrink}')
-        self.damp, self.shrink = damp, shrink
+    def __init__(self, damp: float = 0.01, shrink: float = 0.3, ridge: float = 4.0, share: float = 0.5) -> None:
+        if not 0 < damp <= 1 or not 0 < shrink <= 1 or not ridge > 0 or not 0 <= share <= 1:
+            raise ValueError(
+                'round wants damp and shrink between 0 and 1, ridge above 0 and share in 0 to 1, '
+                f'got {damp}, {shrink}, {ridge} and {share}'
+            )
+        self.damp, self.shrink, self.ridge, self.share = damp, shrink, ridge, share
 
     @torch.no_grad()
     def run(self, calibration: Calibration) -> None:
         """Put codes and biases into the weights' quantizers."""
         quant(calibration.model)
+        set_phase(calibration.model, Phase.FLOAT)
+        layers = [layer for _, module in blocks_of(calibration.model) for layer in roundable(module)]
+        weights = row_weights(calibration, layers, self.share)
         for name, block, floats, quants, _ in walk(calibration):
             calibration.report(f'round: {name}')
-            self._round_block(calibration, block, floats, quants)
+            for part in parts_of(block, floats[0]):
+                moments = Moments(weights[part.layer])
+                for x, y in zip(floats, quants, strict=True):
+                    moments.add(*part.pair(calibration.model, block, x, y))
+                self._round_layer(part.layer, moments)
 
-    def _round_block(
-        self, calibration: Calibration, block: Block, floats: list[Tensor], quants: list[Tensor]
-    ) -> None:
-        layers = roundable(block.module)
-        means: dict[Any, Moments] = {layer: Moments() for layer in layers}
-        order: list[Any] = []
-
-        def observe(layer: Any, _: Any, out: Tensor) -> None:
-            if layer not in order:
-                order.append(layer)
-            means[layer].add(out, second=False)
-
-        _run(block, floats, [layer.register_forward_hook(observe) for layer in layers])
-        for layer in order:
-            inputs = Moments()
-            with in_phase(calibration.model, Phase.QUANT):
-                hook = layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.add(args[0]))
-                _run(block, quants, [hook])
-            self._round_layer(layer, inputs, means[layer].mean)
-
-    def _round_layer(self, layer: Any, inputs: Moments, wanted: Tensor) -> None:
+    def _round_layer(self, layer: Any, moments: Moments) -> None:
         weight, _ = layer.expanded()
         quantizer = layer.weight_quantizer
         limit = quantizer.spec.bit_type.qmax + 1
-        covariance = inputs.covariance
-        scale = searched_scale(layer.weight, inputs.diagonal[: layer.weight.shape[1]], limit, self.shrink)
-        quantizer.scale.copy_(scale)
-        rows = layer.integers()[1]  # with the scales of copies
-        codes = round_with_feedback(weight, rows, covariance, limit, self.damp)
+        (mean, wanted), (covariance, cross) = moments.means, moments.covariances
+        rows, columns = layer.weight.shape
         if (copies := layer.copies[0]) is not None:  # as far below their channel as in float
             wanted = torch.cat((wanted, wanted[copies[0]] - copies[1]))
-        quantizer.choose(codes, wanted - (codes.float() * rows[:, None]) @ inputs.mean)
+            cross = torch.cat((cross, cross[copies[0]]))
+        if math.isfinite(self.ridge):
+            off = cross - weight.double() @ covariance
+            weight = weight + torch.linalg.solve(damped(covariance, self.ridge), off.T).T.float()
+        variance = covariance.diagonal().clamp_min(0).float()[:columns]
+        quantizer.scale.copy_(searched_scale(weight[:rows, :columns], variance, limit, self.shrink))
+        scale = layer.integers()[1]  # with those of copies
+        codes = round_with_feedback(weight, scale, covariance, limit, self.damp)
+        quantizer.choose(codes, wanted - (codes.float() * scale[:, None]) @ mean)
         layer.freeze()
-
-
-def _run(block: Block, streams: Sequence[Tensor], handles: Sequence[Any]) -> None:
-    try:
-        for x in streams:
-            block(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class Moments:
-    """Mean and covariance of rows, summed over batches."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.total: Any = 0.0
-        self.second: Any = 0.0
-
-    def add(self, x: Any, second: bool = True) -> None:
-        """Rows (…, C)."""
-        rows = x.detach().flatten(0, -2)
-        self.count += len(rows)
-        self.total = self.total + rows.sum(0, dtype=torch.float64)
-        if second:
-            self.second = self.second + (rows.T @ rows).double()
-
-    @property
-    def mean(self) -> Tensor:
-        """(C,)."""
-        return (self.total / self.count).float()
-
-    @property
-    def covariance(self) -> Tensor:
-        """(C, C), float64: without the mean, which the bias takes."""
-        mean = self.total / self.count
-        return self.second / self.count - mean[:, None] * mean
-
-    @property
-    def diagonal(self) -> Tensor:
-        """(C,)."""
-        return self.covariance.diagonal().clamp_min(0).float()
 
 
 def searched_scale(weight: Tensor, importance: Tensor, limit: int, shrink: float) -> Tensor:
@@ -152,8 +113,7 @@ def round_with_feedback(weight: Tensor, scale: Tensor, covariance: Tensor, limit
         damp: of the diagonal, as a part of its mean.
     """
     size = weight.shape[1]
-    second = covariance.clone()
-    second.diagonal().add_(damp * second.diagonal().mean().clamp_min(1e-12))
+    second = damped(covariance, damp)
     order = second.diagonal().argsort(descending=True)
     second = second[order][:, order]
     feedback = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(second)), upper=True)
@@ -170,6 +130,13 @@ def round_with_feedback(weight: Tensor, scale: Tensor, covariance: Tensor, limit
             rest[:, i:stop] -= error @ feedback[i : i + 1, i:stop]
         rest[:, stop:] -= errors @ feedback[start:stop, stop:]
     return codes[:, order.argsort()].to(torch.int8)
+
+
+def damped(covariance: Tensor, part: float) -> Tensor:
+    """``covariance`` (I, I) with ``part`` of the mean of its diagonal added to it."""
+    out = covariance.clone()
+    out.diagonal().add_(part * out.diagonal().mean().clamp_min(1e-12))
+    return out
 
 
 #: Columns that are rounded before what remains is brought up to date.

@@ -18,7 +18,7 @@ from ..lifecycle import quant, set_phase
 from ..phase import Phase
 from ..quantizers import UniformQuantizer
 from ..registry import STEPS
-from .base import Block, Calibration, Step, blocks_of, in_phase, roundable, walk, weight_layers
+from .base import Block, Calibration, Step, blocks_of, first_of, in_phase, roundable, walk, weight_layers
 
 __all__ = ['Tune']
 
@@ -214,18 +214,12 @@ def _detach(module: nn.Module) -> None:
 def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
     """Collects what ``modules`` put out."""
     seen: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda _, __, out: seen.append(_first(out))) for m in modules]
+    handles = [m.register_forward_hook(lambda _, __, out: seen.append(first_of(out))) for m in modules]
     try:
         yield seen
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _first(out: Any) -> Tensor:
-    while isinstance(out, (tuple, list)):
-        out = out[0]
-    return out
 
 
 def _normed(x: Tensor) -> Tensor:
@@ -283,4 +277,4 @@ def _images_of(batch: Any) -> Sequence[Tensor]:
 
 def _logits(out: Any) -> Tensor:
     """What the model says of each image, (N, classes)."""
-    return _first(out).flatten(1)
+    return first_of(out).flatten(1)
