@@ -6,6 +6,7 @@ Oracles: the float model; nearest rounding; the squared error of a product, comp
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -279,6 +280,19 @@ def test_round_makes_up_for_what_comes_first(name):
         streams.append([torch.cat(seen[act]).flatten(0, -2) for act in acts])
     for floats, quants in zip(*streams, strict=True):
         assert (floats.mean(0) - quants.mean(0)).abs().max() < 0.02 * floats.std()
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_regression_brings_unseen_images_nearer_to_float(name):
+    make, size = MODELS[name]
+    data, others = models.batches(4, size, per_batch=8), [models.images(16, size, seed=99 + i) for i in range(4)]
+    errors = []
+    for options in (dict(ridge=math.inf, share=0), {}):
+        model = recalibrated(make, data, 'fqvit_w4a4', ['equalize', dict(type='round', **options)])
+        floats = logits(model, others)
+        quant(model)
+        errors.append(mse(logits(model, others), floats))
+    assert errors[1] < 0.9 * errors[0]
 
 
 def test_weights_that_cannot_be_chosen_stay_at_the_nearest():

@@ -39,7 +39,7 @@ class Round(Step):
     Nagel et al., ICCV 2019 (bias correction); Li et al., BRECQ, ICLR 2021 (Fisher information).
     """
 
-    def __init__(self, damp: float = 0.01, shrink: float = 0.3, ridge: float = 4.0, share: float = 0.5) -> None:
+    def __init__(self, damp: float = 0.01, shrink: float = 0.3, ridge: float = 8.0, share: float = 0.5) -> None:
         if not 0 < damp <= 1 or not 0 < shrink <= 1 or not ridge > 0 or not 0 <= share <= 1:
             raise ValueError(
                 'round wants damp and shrink between 0 and 1, ridge above 0 and share in 0 to 1, '
