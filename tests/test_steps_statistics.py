@@ -125,6 +125,17 @@ def test_rows_of_windows_have_weights_of_their_own():
     }
 
 
+@torch.no_grad()
+def test_all_rows_weigh_alike_where_their_number_differs_or_no_graph_is_kept():
+    make = ZOO['pcpvt'][0]
+    sizes = [models.images(2, 32), models.images(2, 64)]
+    calibration = calibrated(make, sizes)
+    layers = [layer for _, module in blocks_of(calibration.model) for layer in roundable(module)]
+    assert all(torch.equal(w, torch.ones(1)) for w in row_weights(calibration, layers, 0.5).values())
+    calibration = Calibration(calibration.model, sizes[:1], torch.no_grad()(forward_images))
+    assert all(torch.equal(w, torch.ones(1)) for w in row_weights(calibration, layers, 0.5).values())
+
+
 def test_moments_are_those_of_weighted_rows_far_from_zero():
     generator = np.random.default_rng(0)
     x = generator.normal(size=(6, 5, 4)) @ generator.normal(size=(4, 4)) + 300

@@ -28,6 +28,8 @@ from fqvit_plugin.presets import parse_scheme
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 WEIGHTS = {'vit_t': 'vit_tiny_patch16_224.pth', 'deit_t': 'deit_tiny_patch16_224.pth'}
 BUILDERS = ('mmpretrain', 'timm')
+#: codes that make up for each other, without moving weights towards the float stream first
+_UNMOVED = dict(type='round', ridge=None, share=0.0)
 #: name -> arguments of get_scheme
 RECIPES: dict[str, dict[str, Any]] = {
     'reference 8/8/8 noptf nolis': dict(name='fqvit_w8a8', ptf=False, lis=False, preset='reference'),
@@ -41,8 +43,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     'w6a6 nearest': dict(name='fqvit_w6a6', steps=[]),
     'w4a8': dict(name='fqvit_w4a8'),
     'w4a8 tuned': dict(name='fqvit_w4a8', steps=['round', 'tune']),
+    'w4a8 unmoved': dict(name='fqvit_w4a8', steps=[_UNMOVED]),
     'w4a8 nearest': dict(name='fqvit_w4a8', steps=[]),
     'w4a4': dict(name='fqvit_w4a4'),
+    'w4a4 unmoved': dict(name='fqvit_w4a4', steps=['equalize', _UNMOVED]),
     'w4a4 nearest': dict(name='fqvit_w4a4', steps=[]),
     'w4a4 equalized': dict(name='fqvit_w4a4', steps=['equalize']),
     'w4a4 rounded': dict(name='fqvit_w4a4', steps=['round']),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -32,17 +31,19 @@ class Round(Step):
     Args:
         damp: added to the diagonal of the inputs' covariance for rounding, as a part of its mean; between 0 and 1.
         shrink: the narrowest range that is tried, as a part of a row's.
-        ridge: added to the diagonal for the regression, as a part of its mean; infinite: no regression.
+        ridge: added to the diagonal for the regression, as a part of its mean; None: no regression.
         share: how much of a row's weight is its importance; the rest is alike for all rows. 0 to 1.
 
     Source: Frantar et al., GPTQ, ICLR 2023; Zhong et al., ERQ, ICML 2024, and Fu et al., QwT, CVPR 2025 (regression);
     Nagel et al., ICCV 2019 (bias correction); Li et al., BRECQ, ICLR 2021 (Fisher information).
     """
 
-    def __init__(self, damp: float = 0.01, shrink: float = 0.3, ridge: float = 8.0, share: float = 0.5) -> None:
-        if not 0 < damp <= 1 or not 0 < shrink <= 1 or not ridge > 0 or not 0 <= share <= 1:
+    def __init__(
+        self, damp: float = 0.01, shrink: float = 0.3, ridge: float | None = 8.0, share: float = 0.5
+    ) -> None:
+        if not 0 < damp <= 1 or not 0 < shrink <= 1 or (ridge is not None and ridge <= 0) or not 0 <= share <= 1:
             raise ValueError(
-                'round wants damp and shrink between 0 and 1, ridge above 0 and share in 0 to 1, '
+                'round wants damp and shrink between 0 and 1, ridge above 0 or None and share in 0 to 1, '
                 f'got {damp}, {shrink}, {ridge} and {share}'
             )
         self.damp, self.shrink, self.ridge, self.share = damp, shrink, ridge, share
@@ -71,7 +72,7 @@ class Round(Step):
         if (copies := layer.copies[0]) is not None:  # as far below their channel as in float
             wanted = torch.cat((wanted, wanted[copies[0]] - copies[1]))
             cross = torch.cat((cross, cross[copies[0]]))
-        if math.isfinite(self.ridge):
+        if self.ridge is not None:
             off = cross - weight.double() @ covariance
             weight = weight + torch.linalg.solve(damped(covariance, self.ridge), off.T).T.float()
         variance = covariance.diagonal().clamp_min(0).float()[:columns]

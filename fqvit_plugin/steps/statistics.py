@@ -42,25 +42,27 @@ def row_weights(calibration: Calibration, layers: list[Any], share: float, seed:
         seed: of the classes drawn.
 
     Returns:
-        (rows of one image,) for each layer, of mean 1; 1 for layers with no whole number of rows for each image.
+        (rows of one image,) for each layer, of mean 1; a single 1 for layers whose number of rows differs between
+        images, and for all where the forward pass keeps no graph.
     """
     generator = torch.Generator().manual_seed(seed)
-    found: dict[Any, Any] = dict.fromkeys(layers, 0.0)
+    found: dict[Any, list[Tensor]] = {layer: [] for layer in layers}
     for batch in calibration.batches if share and layers else ():
         probes = {layer: _Probe(layer) for layer in layers}
         try:
             with torch.enable_grad():
                 out = first_of(calibration.forward(calibration.model, batch))
                 zeros = {layer: probe.zeros for layer, probe in probes.items() if probe.zeros is not None}
+                if not torch.is_tensor(out) or not out.requires_grad:  # a forward pass that keeps no graph
+                    break
                 gradients = torch.autograd.grad(_score(out, generator), list(zeros.values()), allow_unused=True)
         finally:
             for probe in probes.values():
                 probe.remove()
         for layer, gradient in zip(zeros, gradients, strict=True):
-            rows = None if gradient is None else gradient.square().sum(-1).flatten()
-            if rows is not None and len(rows) % len(out) == 0:
-                found[layer] = found[layer] + rows.reshape(len(out), -1).sum(0)
-    return {layer: _mixed(total, share) for layer, total in found.items()}
+            if gradient is not None and gradient[..., 0].numel() % len(out) == 0:
+                found[layer].append(gradient.square().sum(-1).reshape(len(out), -1).sum(0))
+    return {layer: _mixed(sums, share) for layer, sums in found.items()}
 
 
 def _score(out: Tensor, generator: torch.Generator) -> Tensor:
@@ -71,10 +73,11 @@ def _score(out: Tensor, generator: torch.Generator) -> Tensor:
     return (out * torch.randn(out.shape, generator=generator).to(out.device)).sum()
 
 
-def _mixed(total: Any, share: float) -> Tensor:
-    if not torch.is_tensor(total) or not bool(total.sum() > 0):
+def _mixed(sums: list[Tensor], share: float) -> Tensor:
+    if len({len(rows) for rows in sums}) != 1:  # none, or images of several sizes
         return torch.ones(1)
-    return (1 - share) + share * total / total.mean()
+    total = torch.stack(sums).sum(0)
+    return (1 - share) + share * total / total.mean() if bool(total.sum() > 0) else torch.ones(1)
 
 
 class Moments:
