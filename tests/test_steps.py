@@ -21,7 +21,7 @@ from fqvit_plugin.scheme import StepSpec
 from fqvit_plugin.steps.base import Calibration, Step, blocks_of, weight_layers
 from fqvit_plugin.steps.equalize import Equalize
 from fqvit_plugin.steps.rounding import Round, round_with_feedback, searched_scale
-from fqvit_plugin.steps.tuning import Tune
+from fqvit_plugin.steps.tuning import Tune, _Tuned
 
 from . import models, timm_models
 from .zoo import ZOO
@@ -370,6 +370,24 @@ def test_tune_is_reproducible_and_alone_is_a_recipe():
         quant(model)
         runs.append(logits(model, data))
     assert torch.equal(*runs)
+
+
+def test_tuning_starts_from_the_codes_that_were_chosen_and_can_change_them():
+    data = models.batches(2, per_batch=4)
+    model = recalibrated(models.vit, data, 'fqvit_w4a4', ['round'])
+    quant(model)
+    layers = [m for _, m in weight_layers(model) if m.weight_quantizer.is_chosen]
+    chosen = [m.weight_quantizer.codes.clone() for m in layers]
+    for layer, codes in zip(layers, chosen, strict=True):
+        tuned = _Tuned(layer)
+        assert torch.equal(tuned.steps().to(torch.int8), codes)
+        off = (tuned.start - codes).abs()
+        assert 0.4 < float(off.max()) < 0.5, 'a weight that was moved may go back, none has gone yet'
+    dequant(model)
+    Tune(block_steps=3, model_steps=0, batch_size=4, rounding_rate=0.05).run(calibration_of(model, data))
+    changes = [m.weight_quantizer.codes.int() - codes for m, codes in zip(layers, chosen, strict=True)]
+    assert all(0 < int((change != 0).sum()) < change.numel() / 2 for change in changes)
+    assert max(int(change.abs().max()) for change in changes) == 1
 
 
 class StoppedError(Exception):

@@ -27,10 +27,11 @@ __all__ = ['Tune']
 class Tune(Step):
     """Moves codes of weights to a neighbour where that brings the model nearer to its float twin; no labels.
 
-    Weights themselves stay: what is trained is an offset of at most ``reach`` steps before rounding, the bias, and
-    the logarithm of each activation's step where the tensor has one, all straight-through. First every block is
-    fitted to its float output on inputs that are partly the float model's, then all blocks together to the float
-    logits, on random crops and reflections of the calibration images.
+    Weights themselves stay. What is trained is an offset of at most ``reach`` steps before rounding (from the weight,
+    or from a code that a step before chose, on the weight's side of it), the bias, and the logarithm of each
+    activation's step where the tensor has one, all straight-through. First every block is fitted to its float output
+    on inputs that are partly the float model's, then all blocks together to the float logits, on random crops and
+    reflections of the calibration images.
 
     Args:
         block_steps: gradient steps for each block; 0 leaves blocks out.
@@ -147,6 +148,10 @@ class Tune(Step):
             _detach(module)
 
 
+#: How far from its code a weight may start, in steps: short of the next one.
+_NEAR = 0.45
+
+
 class _Tuned:
     """Offsets and bias of a weight while they are tuned."""
 
@@ -156,10 +161,11 @@ class _Tuned:
         steps, scale, bias = layer.integers()
         self.quantizer = quantizer
         self.scale = scale[:, None].detach()
-        self.start = (weight / self.scale).detach()
-        chosen = getattr(quantizer, 'is_chosen', False)
-        offset = steps.to(weight.dtype) - self.start if chosen else torch.zeros_like(self.start)
-        self.offset = nn.Parameter(offset.detach().clone())
+        start = (weight / self.scale).detach()
+        if getattr(quantizer, 'is_chosen', False):  # the code holds, and is as near to its neighbour as can be
+            start = steps + (start - steps).clamp(-_NEAR, _NEAR)
+        self.start = start
+        self.offset = nn.Parameter(torch.zeros_like(start))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def steps(self) -> Tensor:
