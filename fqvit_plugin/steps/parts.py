@@ -89,15 +89,20 @@ def _adds(part: Part, block: Block, x: Tensor) -> bool:
         return False
     grown = (total - stream).detach()
     taken = _carried(total, out, torch.ones_like(total), keep=True)
+    if taken is None:
+        return False
     close = 1e-3 * float(out.detach().abs().mean()) + 1e-5 * float(stream.abs().max())
     return bool(((taken == 0) | (taken == 1)).all()) and torch.allclose(
         _carried(total, out, grown), taken * out.detach(), rtol=1e-3, atol=close
     )
 
 
-def _carried(total: Tensor, out: Tensor, x: Tensor, keep: bool = False) -> Tensor:
-    """``x``, like the stream ``total``, row by row where a layer's output ``out`` went: the gradient is that map."""
-    return torch.autograd.grad(total, out, x, retain_graph=keep)[0]
+def _carried(total: Tensor, out: Tensor, x: Tensor, keep: bool = False) -> Any:
+    """``x``, like the stream ``total``, row by row where a layer's output ``out`` went: the gradient is that map.
+
+    None where ``total`` does not depend on ``out``.
+    """
+    return torch.autograd.grad(total, out, x, retain_graph=keep, allow_unused=True)[0]
 
 
 def _run_until_input(layer: nn.Module, block: Block, x: Tensor) -> Tensor:
