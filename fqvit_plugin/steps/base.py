@@ -21,7 +21,19 @@ from ..lifecycle import set_phase
 from ..phase import Phase
 from ..quantizers import WeightQuantizer
 
-__all__ = ['Block', 'Calibration', 'Step', 'blocks_of', 'first_of', 'in_phase', 'roundable', 'walk', 'weight_layers']
+__all__ = [
+    'ArrivedError',
+    'Block',
+    'Calibration',
+    'Step',
+    'blocks_of',
+    'first_of',
+    'in_phase',
+    'outputs_of',
+    'roundable',
+    'walk',
+    'weight_layers',
+]
 
 
 @dataclass
@@ -97,6 +109,22 @@ def first_of(out: Any) -> Tensor:
     while isinstance(out, (tuple, list)):
         out = out[0]
     return out
+
+
+@contextmanager
+def outputs_of(modules: Sequence[nn.Module | None]) -> Iterator[dict[Any, Tensor]]:
+    """What ``modules`` put out, those that are given."""
+    seen: dict[Any, Tensor] = {}
+
+    def keep(module: nn.Module, _: Any, out: Any) -> None:
+        seen[module] = first_of(out)
+
+    handles = [m.register_forward_hook(keep) for m in modules if m is not None]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def roundable(module: nn.Module) -> list[Any]:

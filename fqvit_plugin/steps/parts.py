@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..phase import Phase
-from .base import ArrivedError, Block, first_of, in_phase, roundable
+from .base import ArrivedError, Block, in_phase, outputs_of, roundable
 
 __all__ = ['Part', 'parts_of']
 
@@ -38,13 +38,13 @@ class Part:
             block: that the layer is of.
             x, y: the float and the quantized stream into it.
         """
-        with in_phase(model, Phase.QUANT), _outputs([self.stream]) as quants:
+        with in_phase(model, Phase.QUANT), outputs_of([self.stream]) as quants:
             given = _run_until_input(self.layer, block, y)
         if self.total is None:
             with _own_output(self.layer, False) as own:
                 block(x)
             return given, own[0]
-        with _outputs([self.stream, self.total]) as floats, _own_output(self.layer, True) as own:
+        with outputs_of([self.stream, self.total]) as floats, _own_output(self.layer, True) as own:
             block(x)
         error = floats.get(self.stream, x).detach() - quants.get(self.stream, y)
         return given, own[0].detach() + _carried(floats[self.total], own[0], error)
@@ -82,7 +82,7 @@ def parts_of(block: Block, x: Tensor) -> list[Part]:
 
 def _adds(part: Part, block: Block, x: Tensor) -> bool:
     """Whether the stream grows by just what the layer puts out, its rows in another order perhaps, some left out."""
-    with _outputs([part.stream, part.total]) as seen, _own_output(part.layer, True) as own:
+    with outputs_of([part.stream, part.total]) as seen, _own_output(part.layer, True) as own:
         block(x)
     total, stream, out = seen[part.total], seen.get(part.stream, x).detach(), own[0]
     if total.shape != stream.shape or not total.requires_grad:
@@ -120,22 +120,6 @@ def _run_until_input(layer: nn.Module, block: Block, x: Tensor) -> Tensor:
     finally:
         handle.remove()
     return seen[0]
-
-
-@contextmanager
-def _outputs(modules: Sequence[nn.Module | None]) -> Iterator[dict[Any, Tensor]]:
-    """What ``modules`` put out, those that are given."""
-    seen: dict[Any, Tensor] = {}
-
-    def keep(module: nn.Module, _: Any, out: Any) -> None:
-        seen[module] = first_of(out)
-
-    handles = [m.register_forward_hook(keep) for m in modules if m is not None]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def row_weights(calibration: Calibration, layers: list[Any], share: float, seed:
 
     A row is a token in the order in which the layer has them, say a class token first, or the tokens window by
     window. Its weight is its squared gradient, summed over channels and averaged over images: of the log likelihood
-    of a class that the model's own probabilities draw (the empirical Fisher information; no labels), or of a random
+    of a class that the model's own probabilities draw (sampled Fisher information; no labels), or of a random
     projection where the model puts out something else than rows of logits.
 
     Args:

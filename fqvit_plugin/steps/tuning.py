@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..lifecycle import quant, set_phase
 from ..phase import Phase
 from ..quantizers import UniformQuantizer
 from ..registry import STEPS
-from .base import Block, Calibration, Step, blocks_of, first_of, in_phase, roundable, walk, weight_layers
+from .base import Block, Calibration, Step, blocks_of, first_of, in_phase, outputs_of, roundable, walk, weight_layers
 
 __all__ = ['Tune']
 
@@ -113,13 +112,13 @@ class Tune(Step):
 
         def loss() -> Tensor:
             batch = next(images)
-            with torch.no_grad(), in_phase(model, Phase.FLOAT), _outputs(modules) as wanted:
+            with torch.no_grad(), in_phase(model, Phase.FLOAT), outputs_of(modules) as wanted:
                 logits = _logits(forward(model, batch))
-            with _outputs(modules) as given:
+            with outputs_of(modules) as given:
                 set_phase(model, Phase.TUNE)
                 got = _logits(forward(model, batch))
             total = F.kl_div(got.log_softmax(-1), logits.log_softmax(-1), log_target=True, reduction='batchmean')
-            for ours, theirs in zip(given, wanted, strict=True):
+            for ours, theirs in zip(given.values(), wanted.values(), strict=True):
                 total = total + self.features * F.mse_loss(_normed(ours), _normed(theirs))
             return total
 
@@ -162,7 +161,7 @@ class _Tuned:
         self.quantizer = quantizer
         self.scale = scale[:, None].detach()
         start = (weight / self.scale).detach()
-        if getattr(quantizer, 'is_chosen', False):  # the code holds, and is as near to its neighbour as can be
+        if quantizer.is_chosen:  # the code holds, and is as near to its neighbour as can be
             start = steps + (start - steps).clamp(-_NEAR, _NEAR)
         self.start = start
         self.offset = nn.Parameter(torch.zeros_like(start))
@@ -214,18 +213,6 @@ def _detach(module: nn.Module) -> None:
         if getattr(layer, 'tuned', None) is not None:
             del layer.tuned
             layer.tuned = None
-
-
-@contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Collects what ``modules`` put out."""
-    seen: list[Tensor] = []
-    handles = [m.register_forward_hook(lambda _, __, out: seen.append(first_of(out))) for m in modules]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _normed(x: Tensor) -> Tensor:
