@@ -33,10 +33,10 @@ __all__ = [
 
 _KEY = 'fqvit'
 #: Buffers of quantizers that are empty until a step or a search fills them.
-_ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels')
+_ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels', '.factors')
 #: 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies; 3: one scale of
-#: an embedding for all channels
-_FORMAT = 4
+#: an embedding for all channels; 4: weights without factors
+_FORMAT = 5
 
 
 @dataclass(frozen=True)

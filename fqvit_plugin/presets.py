@@ -24,11 +24,11 @@ __all__ = ['LOW_BITS', 'SCHEMES', 'get_scheme', 'parse_scheme']
 #: Recipes in which blocks have fewer than 8 bits.
 LOW_BITS: dict[str, dict[str, Any]] = {
     'fqvit_w6a6': dict(weight_bits=6, act_bits=6, attn_bits=6, steps=('equalize', 'round')),
-    'fqvit_w4a8': dict(weight_bits=4, steps=('round',)),
-    'fqvit_w4a4': dict(weight_bits=4, act_bits=4, attn_bits=4, steps=('equalize', 'round')),
+    'fqvit_w4a8': dict(weight_bits=4, group_size=16, steps=('round',)),
+    'fqvit_w4a4': dict(weight_bits=4, act_bits=4, attn_bits=4, group_size=16, steps=('equalize', 'round')),
 }
 
-#: scheme name -> its bits, where they are not 8, and its steps
+#: scheme name -> its bits, where they are not 8, columns of a weight that share a factor, and its steps
 SCHEMES: dict[str, dict[str, Any]] = {
     'fqvit_w8a8': dict(),
     'fqvit_w8a8_attn4': dict(attn_bits=4),
@@ -46,6 +46,7 @@ def get_scheme(
     input_quant: bool = True,
     overrides: Sequence[Mapping[str, Any] | Override] = (),
     steps: Sequence[str | Mapping[str, Any] | StepSpec] | None = None,
+    group_size: int | None = None,
     **bits: int,
 ) -> QuantScheme:
     """The named recipe of FQ-ViT.
@@ -64,6 +65,8 @@ def get_scheme(
             :class:`Override`.
         steps: what calibration does beyond finding ranges, names or ``dict(type='round', damp=0.01)``, in order; by
             default as the name says, ``[]`` for none. The reference preset has none.
+        group_size: how many columns of a weight in a block share a factor, see
+            :class:`~fqvit_plugin.weight_quantizer.WeightQuantizer`; by default as the name says, 0 for no factors.
         bits: ``weight_bits``, ``act_bits``, ``attn_bits``, each 2 to 16, to depart from the name; ``stream_bits``
             (activations) and ``edge_bits`` (weights) of what keeps 8 bits, see above.
 
@@ -81,7 +84,8 @@ def get_scheme(
         raise ValueError(f'unknown preset {preset!r}; there is: {", ".join(PRESETS)}')
     for flag, value in (('ptf', ptf), ('lis', lis), ('input_quant', input_quant)):
         require_bool(flag, value)
-    known = dict(weight_bits=8, act_bits=8, attn_bits=8) | {k: v for k, v in SCHEMES[name].items() if k != 'steps'}
+    given = {k: v for k, v in SCHEMES[name].items() if k not in ('steps', 'group_size')}
+    known = dict(weight_bits=8, act_bits=8, attn_bits=8) | given
     if unknown := sorted(set(bits) - {*known, 'stream_bits', 'edge_bits'}):
         allowed = ', '.join((*known, 'stream_bits', 'edge_bits'))
         raise ValueError(f'unknown option {unknown[0]!r} of get_scheme; bits are set by {allowed}')
@@ -91,7 +95,12 @@ def get_scheme(
     edge = bits.get('edge_bits', 8 if low else known['weight_bits'])
     arithmetic = cast(Arithmetic, preset)
     observer_name, options = parse_observer(observer)
-    weight = QuantSpec(BitType(known['weight_bits'], True), axis=0, arithmetic=arithmetic)
+    edge_weight = QuantSpec(BitType(edge, True), axis=0, arithmetic=arithmetic)
+    if group_size is None:
+        group_size = SCHEMES[name].get('group_size', 0) if arithmetic == 'strict' else 0
+    weight = dataclasses.replace(
+        edge_weight, bit_type=BitType(known['weight_bits'], True), group_size=None if group_size == 0 else group_size
+    )
     act = QuantSpec(BitType(stream, False), observer_name, arithmetic=arithmetic, observer_options=options)
     operand = dataclasses.replace(act, bit_type=BitType(known['act_bits'], False))
     if operand.bit_type.bits < 8 and low:
@@ -106,7 +115,7 @@ def get_scheme(
     return QuantScheme(
         name=name,
         weight=weight,
-        edge_weight=dataclasses.replace(weight, bit_type=BitType(edge, True)),
+        edge_weight=edge_weight,
         act=act,
         operand=operand,
         hidden=_hidden(dataclasses.replace(act, bit_type=operand.bit_type), levels=low),

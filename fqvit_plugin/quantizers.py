@@ -15,7 +15,7 @@ from .functional import Arithmetic, align, log2_codes, log2_dequantize, quantize
 from .registry import QUANTIZERS, lookup
 from .scheme import QuantSpec
 
-__all__ = ['Log2Quantizer', 'Quantizer', 'UniformQuantizer', 'WeightQuantizer', 'build_quantizer']
+__all__ = ['Log2Quantizer', 'Quantizer', 'UniformQuantizer', 'build_quantizer']
 
 
 class Quantizer(nn.Module, ABC):
@@ -135,6 +135,11 @@ class UniformQuantizer(Quantizer):
         """The scale just taken if there is one, else the one in force."""
         return self.scale if self._taken is None else self._taken[0]
 
+    @property
+    def widest_step(self) -> Tensor:
+        """From one code to the next, of the shape of ``scale``; the widest where a channel has several."""
+        return self.scale
+
     def quantize(self, x: Tensor) -> Tensor:
         """Integer codes of ``x``, in floating point."""
         scale, zero_point = self._aligned(x)
@@ -166,37 +171,6 @@ class UniformQuantizer(Quantizer):
     @property
     def _limits(self) -> tuple[int, int, Arithmetic]:
         return self.spec.bit_type.qmin, self.spec.bit_type.qmax, self.spec.arithmetic
-
-
-class WeightQuantizer(UniformQuantizer):
-    """The grid of a weight, and codes that a step of the recipe chose in place of the nearest.
-
-    Buffers, empty where nothing was chosen:
-        codes: int8, the weight in whole steps.
-        bias: (O,) float32, the bias that goes with them.
-    """
-
-    codes: Tensor
-    bias: Tensor
-
-    def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
-        super().__init__(spec, channels)
-        self.register_buffer('codes', torch.zeros(0, dtype=torch.int8))
-        self.register_buffer('bias', torch.zeros(0))
-
-    @property
-    def is_chosen(self) -> bool:
-        """Whether codes were chosen."""
-        return bool(self.codes.numel())
-
-    def choose(self, codes: Tensor, bias: Tensor) -> None:
-        """Put ``codes`` and ``bias`` in force."""
-        self.codes, self.bias = codes.to(torch.int8), bias.detach().float()
-
-    def commit(self) -> None:
-        """Write scale and zero point; codes of an earlier grid go."""
-        super().commit()
-        self.choose(self.codes.new_zeros(0), self.bias.new_zeros(0))
 
 
 @QUANTIZERS.register_module(name=['log2', 'Log2Quantizer'])

@@ -10,6 +10,7 @@ from torch import nn
 
 from .quantizers import Quantizer
 from .scheme import QuantScheme
+from .weight_quantizer import factors_of, packed_bytes
 
 __all__ = ['LayerEntry', 'Report', 'count_bytes']
 
@@ -92,15 +93,15 @@ def _on(flag: bool) -> str:
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters, quantized weights at their bits, and of scales and zero points."""
+    """Bytes of the parameters, quantized weights at their bits with factors, and of scales and zero points."""
     total = 0
     module: Any
     for module in model.modules():
         own = dict(module.named_parameters(recurse=False))
         weight_quantizer: Any = getattr(module, 'weight_quantizer', None)
         if weight_quantizer is not None:
-            bits = weight_quantizer.spec.bit_type.bits
-            total += (own.pop('weight').numel() * bits + 7) // 8
+            weight, spec = own.pop('weight'), weight_quantizer.spec
+            total += packed_bytes(weight.numel(), spec.bit_type.bits, factors_of(weight, spec))
         total += sum(p.numel() * 4 for p in own.values())
         if isinstance(module, Quantizer):
             total += sum(b.numel() * b.element_size() for b in module.buffers(recurse=False))

@@ -84,6 +84,7 @@ class QuantSpec:
         quantizer: name in ``QUANTIZERS``; ``'uniform'`` or ``'log2'``.
         arithmetic: ``'strict'`` or ``'reference'``.
         observer_options: keyword arguments of the observer, as sorted pairs.
+        group_size: of a weight with a scale for each row: how many columns share a factor; ``None`` for no factors.
     """
 
     bit_type: BitType
@@ -92,11 +93,17 @@ class QuantSpec:
     quantizer: str = 'uniform'
     arithmetic: Arithmetic = 'strict'
     observer_options: tuple[tuple[str, float], ...] = ()
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         lookup(QUANTIZERS, self.quantizer)
         if self.arithmetic not in PRESETS:
             raise ValueError(f'preset must be one of {", ".join(PRESETS)}, got {self.arithmetic!r}')
+        size = self.group_size
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 2):
+            raise ValueError(f'group_size must be None or a whole number from 2, got {size!r}')
+        if size is not None and (self.axis != 0 or not self.bit_type.signed or self.arithmetic == 'reference'):
+            raise ValueError("group_size is for signed weights with a scale for each row, under preset='strict'")
         self.build_observer()  # a recipe that cannot be built is no recipe
 
     def build_observer(self) -> Observer:

@@ -77,7 +77,15 @@ def test_there_are_copies_levels_and_chosen_codes(triple):
     chosen = [q for q in weights if q.is_chosen]
     assert len(chosen) >= 8
     low = scheme.weight.bit_type
-    assert all(low.qmin <= int(q.codes.min()) and int(q.codes.max()) <= low.qmax for q in chosen)
+    for layer in (m for m in model.modules() if isinstance(m, fq.QLinear) and m.weight_quantizer.is_chosen):
+        multiples, steps = layer.multiples(), layer.weight_quantizer.codes
+        codes = steps // multiples
+        assert torch.equal(codes * multiples, steps)
+        assert low.qmin <= int(codes.min())
+        assert int(codes.max()) <= low.qmax
+        if scheme.weight.group_size:
+            assert len(multiples.unique()) > 4, 'groups of columns have factors of their own'
+            assert multiples.shape == steps.shape, 'copies have the factors of their channel'
 
 
 def test_codes_and_logits_of_the_integer_model_are_the_simulations(triple):

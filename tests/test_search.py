@@ -60,7 +60,7 @@ def objective(setting):
 
 def weights_of(model):
     fq.quantize_model_(model, fq.get_scheme('fqvit_w8a8'))
-    return {n: m.weight.numel() for n, m in model.named_modules() if isinstance(m, (QConv2d, QLinear))}
+    return {n: (m.weight.numel(), 0) for n, m in model.named_modules() if isinstance(m, (QConv2d, QLinear))}
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_groups_partition_the_weights(build, grouping, names):
     sizes = weights_of(build())
     groups = derive_groups(sizes, grouping)
     assert [g.name for g in groups] == names
-    assert sum(sum(g.sizes) for g in groups) == sum(sizes.values())
+    assert sum(sum(g.sizes) for g in groups) == sum(weights for weights, _ in sizes.values())
     for group in groups:  # each pattern is an override that surgery understands, and sets just these layers
         model = build()
         fq.quantize_model_(model, fq.get_scheme('fqvit_w8a8', overrides=[dict(layers=group.layers, weight_bits=4)]))
@@ -93,7 +93,7 @@ def test_groups_partition_the_weights(build, grouping, names):
 
 
 def test_quarters_of_a_deep_vit():
-    sizes = {f'backbone.layers.{i}.attn.qkv': 10 for i in range(12)}
+    sizes = {f'backbone.layers.{i}.attn.qkv': (10, 0) for i in range(12)}
     groups = derive_groups(sizes, 'stage')
     assert [(g.name, len(g.sizes)) for g in groups] == [(f'quarter{i}', 3) for i in range(4)]
     assert groups[3].layers == tuple(f'backbone.layers.{i}.attn.qkv' for i in (9, 10, 11))
@@ -105,7 +105,7 @@ def test_unknown_grouping():
 
 
 def small_space(budget=None, base=None, **options):
-    groups = (Group('a', ('a',), (100,)), Group('b', ('b.*',), (200, 301)))
+    groups = (Group('a', ('a',), (100,), (0,)), Group('b', ('b.*',), (200, 301), (0, 0)))
     fixed = {Space.fixed_key(dict(ptf=p)): 50 + 10 * p for p in (True, False)}
     return Space(
         base or {'type': 'fqvit_w8a8'}, groups, (2, 4, 8), {**fixed, Space.fixed_key({}): 60}, budget, options
@@ -276,7 +276,7 @@ def test_what_is_written(tmp_path):
     found = outcome(
         95, 120, overrides=[dict(layers='b.*', weight_bits=4)], observer=dict(type='percentile', alpha=0.9)
     )
-    groups = (Group('second', ('b.*',), (1,)),)
+    groups = (Group('second', ('b.*',), (1,), (0,)),)
     assert describe(found.recipe, groups) == 'W8, second: 4 (A8, attn8, percentile:0.9, ptf, lis)'
     write_json(tmp_path / 'r.json', [uniform, found], found, {'budget': 130})
     data = json.loads((tmp_path / 'r.json').read_text())

@@ -40,6 +40,7 @@ from fqvit_plugin.sensitivity.run import IMAGES, sensitivity_on
 from fqvit_plugin.sensitivity.switches import Switches, narrowed, weight_at
 from fqvit_plugin.sensitivity.terminal import format_kl
 from fqvit_plugin.sensitivity.units import Unit
+from fqvit_plugin.weight_quantizer import packed_bytes
 
 _EXAMPLES = """\
 Bytes are those of weights packed to their bits, and of everything else as reports count it; --as-file counts weights
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     add('--out', metavar='NEWCONFIG.py', type=Path, required=True, help='the config to write')
     add('--budget-bytes', type=float, metavar='N', help='most bytes of the quantized model')
     add('--budget-ratio', type=float, metavar='R', help='most bytes, as a share of the size at uniform 8 bits')
-    add('--budget-bits', type=float, metavar='B', help='as many bytes as weights of B bits take, on average')
+    add('--budget-bits', type=float, metavar='B', help='as many bytes as weights of B bits take')
     add('--bit-ops', type=float, metavar='R', help='most bit operations, as a share of those at uniform 8 bits')
     add('--candidates', type=int, nargs='+', default=[3, 4, 6, 8], metavar='N', help='of weights: 3 4 6 8')
     add('--act-candidates', type=int, nargs='+', default=[], metavar='N', help='of activations (default: none)')
@@ -121,10 +122,10 @@ def _byte_budget(args: argparse.Namespace, costs: Sequence[LayerCost], others: i
     """What weights may take, in bytes; ``others`` is what the rest of the model takes."""
 
     def of_weights(bits: int) -> int:
-        return sum(stored_bytes(c.weights, bits, args.as_file) for c in costs)
+        return sum(stored_bytes(c, bits, args.as_file) for c in costs)
 
     if args.budget_bits is not None:
-        return int(sum(c.weights for c in costs) * args.budget_bits / 8)
+        return int(sum(c.weights * args.budget_bits / 8 + packed_bytes(0, 4, c.factors) for c in costs))
     total = args.budget_bytes
     if args.budget_ratio is not None:
         total = args.budget_ratio * (of_weights(8) + others)
@@ -154,7 +155,7 @@ def run(args: argparse.Namespace) -> None:
     batch = next(data.load(first_images(data.batches, 1)))
     costs = costs_of(result, layers, multiplications(layers, lambda: forward(model, batch), 1))
     weights_now = sum(
-        stored_bytes(c.weights, layers[c.path].weight_quantizer.spec.bit_type.bits)
+        stored_bytes(c, layers[c.path].weight_quantizer.spec.bit_type.bits)
         for c in costs  # type: ignore
     )
     others = report.quantized_bytes - weights_now
@@ -241,7 +242,7 @@ def _compare(
     for i, name in enumerate(('', 'weight bytes', 'weights alone: KL', 'agree', 'all quantized: KL', 'agree')):
         table.add_column(name, justify='right' if i else 'left', no_wrap=True)
     for name, (weight_bits, _) in recipes.items():
-        size = sum(stored_bytes(c.weights, weight_bits[c.path], args.as_file) for c in costs)
+        size = sum(stored_bytes(c, weight_bits[c.path], args.as_file) for c in costs)
         pair = [effects[f'{name} {what}'] for what in ('weights', 'all')]
         cells = [cell for e in pair if e is not None for cell in (format_kl(e.kl), f'{100 * e.agree:.1f} %')]
         table.add_row(name, f'{size:,}', *cells)

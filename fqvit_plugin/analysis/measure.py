@@ -62,7 +62,7 @@ class Grid:
 
 def uniform_grid(quantizer: UniformQuantizer) -> Grid:
     """The grid of a calibrated quantizer: ``(code - zero_point) * scale``."""
-    kind, scale = quantizer.spec.bit_type, quantizer.scale
+    kind, scale = quantizer.spec.bit_type, quantizer.widest_step
     low, high = ((code - quantizer.zero_point) * scale for code in (kind.qmin, kind.qmax))
     return Grid(kind.qmin, kind.qmax, low, high, scale / 2, quantizer.spec.axis)
 

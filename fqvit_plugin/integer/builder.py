@@ -80,6 +80,7 @@ class Builder:
         self._ops: list[Op] = []
         self._constants: dict[str, Tensor] = {}
         self._grids: dict[str, Grid] = {}
+        self._groups: dict[str, Tensor] = {}
 
     def path(self, module: Any) -> str:
         """The name of ``module`` in the model."""
@@ -87,7 +88,7 @@ class Builder:
 
     def program(self, output: Codes, image_size: tuple[int, int]) -> Program:
         """What was written."""
-        return Program(tuple(self._ops), self._constants, output.name, self._grids, image_size)
+        return Program(tuple(self._ops), self._constants, output.name, self._grids, image_size, self._groups)
 
     def emit(
         self,
@@ -152,6 +153,8 @@ class Builder:
         steps, scale, bias = layer.integers()
         weight = steps.flatten(1).to(torch.int8)
         name = self.emit('linear', [x.name], f'{self.path(layer)}.sums', {'weight': weight}, zero=zero)
+        if (groups := layer.column_groups()) is not None:
+            self._groups[f'{name}:weight'] = groups.cpu()
         return Sums(name, (scale, x.scale), bias)
 
     def affine(self, x: Sums, out: Codes, factor: Tensor | float = 1.0) -> Codes:

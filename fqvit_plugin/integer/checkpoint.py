@@ -1,7 +1,7 @@
 """Integer checkpoints: one safetensors file that needs no config, no float weights, no data and no pickle.
 
-Three kinds of tensors: each layer's weights, in int8 or two 4-bit weights to a byte; every other constant, one after
-the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
+Three kinds of tensors: each layer's weights, in int8, or two 4-bit weights to a byte with their factors; every other
+constant, one after the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .packing import apart, fits, pack, unpack
 from .program import Grid, IntegerModel, Op, Program
 
 __all__ = ['FORMAT', 'VERSION', 'load_integer', 'save_integer']
 
 FORMAT = 'fqvit_plugin.integer'
-VERSION = 2
+VERSION = 3
 
 #: Argument of the ``linear`` kernel: what its constants' names end in, and what is stored under its own name.
 _WEIGHT = ':weight'
+#: What stands behind a weight's name: its factors, two to a byte, and among the constants the groups of its columns.
+_FACTORS, _GROUPS = ':factors', ':groups'
 _DTYPES = {
     str(dtype).removeprefix('torch.'): dtype
     for dtype in (torch.bool, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float32)
@@ -45,12 +48,23 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
     packed: dict[str, list[int]] = {}
     layout: dict[str, Any] = {}
     block = bytearray()
+
+    def put(name: str, value: Tensor) -> None:
+        layout[name] = [str(value.dtype).removeprefix('torch.'), list(value.shape)]
+        block.extend(value.numpy().tobytes())
+
     for name, value in model.program.constants.items():
+        groups = model.program.groups.get(name)
+        parts = None if groups is None else apart(value, groups)
         if not name.endswith(_WEIGHT):
-            layout[name] = [str(value.dtype).removeprefix('torch.'), list(value.shape)]
-            block += value.numpy().tobytes()
-        elif value.min() >= -8 and value.max() <= 7:
-            tensors[name], packed[name] = _pack(value), list(value.shape)
+            put(name, value)
+        elif fits(value):
+            tensors[name], packed[name] = pack(value), list(value.shape)
+        elif groups is not None and parts is not None:
+            codes, factors = parts
+            tensors[name], packed[name] = pack(codes), list(value.shape)
+            tensors[name + _FACTORS] = pack(factors)
+            put(name + _GROUPS, groups)
         else:
             tensors[name] = value
     program = {
@@ -110,16 +124,20 @@ def _check_version(path: str | os.PathLike, metadata: dict[str, str]) -> None:
 def _program(tensors: dict[str, Tensor]) -> Program:
     stored = json.loads(_inflate(tensors['program']))
     constants = _unpack_block(stored['constants'], _inflate(tensors['constants']))
+    groups = {name.removesuffix(_GROUPS): constants.pop(name) for name in list(constants) if name.endswith(_GROUPS)}
     for name, tensor in tensors.items():
         if name.endswith(_WEIGHT):
-            constants[name] = _unpack(tensor, *stored['int4'][name]) if name in stored['int4'] else tensor
+            constants[name] = unpack(tensor, *stored['int4'][name]) if name in stored['int4'] else tensor
+    for name, of_columns in groups.items():
+        factors = unpack(tensors[name + _FACTORS], len(constants[name]), int(of_columns.max()) + 1) & 15
+        constants[name] *= factors[:, of_columns]
     ops = tuple(Op(**{**op, 'inputs': tuple(op['inputs'])}) for op in stored['ops'])
     names = dict.fromkeys(name for op in ops for name in op.constants.values())
     grids = {
         name: Grid(tuple(grid['scale']), tuple(grid['zero']), grid['bits']) for name, grid in stored['grids'].items()
     }
     height, width = stored['image_size']
-    return Program(ops, {name: constants[name] for name in names}, stored['output'], grids, (height, width))
+    return Program(ops, {name: constants[name] for name in names}, stored['output'], grids, (height, width), groups)
 
 
 def _unpack_block(layout: dict[str, Any], block: bytearray) -> dict[str, Tensor]:
@@ -141,14 +159,3 @@ def _deflate(data: bytes) -> Tensor:
 
 def _inflate(stored: Tensor) -> bytearray:
     return bytearray(zlib.decompress(stored.numpy().tobytes()))
-
-
-def _pack(weight: Tensor) -> Tensor:
-    """Two weights of 4 bits to a byte, the first in the low half."""
-    flat = torch.nn.functional.pad(weight.flatten(), (0, weight.numel() % 2)).to(torch.uint8) & 15
-    return flat[0::2] | (flat[1::2] << 4)
-
-
-def _unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
-    pairs = torch.stack((packed & 15, packed >> 4), dim=1).flatten().to(torch.int8)
-    return ((pairs ^ 8) - 8)[: rows * columns].view(rows, columns)

@@ -55,6 +55,8 @@ class Program:
         output: name of the logits' codes.
         grids: of every tensor that holds codes, by name.
         image_size: height and width it was made for.
+        groups: name of a weight among the constants -> (I,) int64, the group of each column: those of a group share a
+            factor in each row, which makes the weight small in a file.
     """
 
     ops: tuple[Op, ...]
@@ -62,6 +64,7 @@ class Program:
     output: str
     grids: dict[str, Grid]
     image_size: tuple[int, int]
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class IntegerModel(nn.Module):

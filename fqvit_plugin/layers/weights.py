@@ -16,8 +16,9 @@ from ..exact import Sums
 from ..functional import align
 from ..fused import whole_steps
 from ..phase import Phase, QuantLayer, full_precision
-from ..quantizers import UniformQuantizer, WeightQuantizer, build_quantizer
+from ..quantizers import UniformQuantizer, build_quantizer
 from ..scheme import QuantSpec
+from ..weight_quantizer import WeightQuantizer
 from .act import QAct
 from .common import WEIGHT_SPEC, parse_spec, register, versions
 
@@ -100,6 +101,26 @@ class _QWeightLayer(QuantLayer):
             if columns is not None:
                 weight = torch.cat((weight, weight[:, columns[0]]), 1)
         return weight, bias
+
+    def multiples(self) -> Tensor:
+        """(O, I), or (O, 1) without groups, int8: how many steps of a row's scale a code stands for, with copies."""
+        rows, columns = self.copies
+        multiples = self.weight_quantizer.multiples()
+        if multiples is None:
+            count = len(self.weight) + (0 if rows is None else len(rows[0]))
+            return torch.ones(count, 1, dtype=torch.int8, device=self.weight.device)
+        multiples = multiples[:, : self.weight[0].numel()]
+        if rows is not None:
+            multiples = torch.cat((multiples, multiples[rows[0]]))
+        return multiples if columns is None else torch.cat((multiples, multiples[:, columns[0]]), 1)
+
+    def column_groups(self) -> Tensor | None:
+        """(I,) int64, the group of each column, with copies; None where columns share no factors."""
+        if not getattr(self.weight_quantizer, 'has_groups', False):
+            return None
+        groups = torch.arange(self.weight[0].numel()) // self.weight_quantizer.spec.group_size
+        columns = self.copies[1]
+        return groups if columns is None else torch.cat((groups, groups[columns[0].cpu()]))
 
     @property
     def copies(self) -> tuple[Any, Any]:

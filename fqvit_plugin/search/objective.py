@@ -24,6 +24,7 @@ from ..lifecycle import quant
 from ..presets import parse_scheme
 from ..structure import Structure
 from ..surgery import quantize_model_
+from ..weight_quantizer import factors_of
 
 __all__ = ['Objective', 'Outcome', 'Setting', 'count_test_images', 'recipe_key']
 
@@ -150,13 +151,13 @@ class Objective:
         finally:
             before.restore_()
 
-    def weight_sizes(self, recipe: Mapping[str, Any]) -> dict[str, int]:
-        """Path of every layer with a quantized weight -> number of its weights."""
+    def weight_sizes(self, recipe: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+        """Path of every layer with a quantized weight -> number of its weights, and of their factors at few bits."""
         before = Structure(self.model)
         try:
             quantize_model_(self.model, parse_scheme(recipe))
-            named = self.model.named_modules()
-            return {n: m.weight.numel() for n, m in named if isinstance(m, (QConv2d, QLinear))}
+            layers = [(n, m) for n, m in self.model.named_modules() if isinstance(m, (QConv2d, QLinear))]
+            return {n: (m.weight.numel(), factors_of(m.weight, m.weight_quantizer.spec)) for n, m in layers}
         finally:
             before.restore_()
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..weight_quantizer import packed_bytes
+
 __all__ = ['GROUPINGS', 'Group', 'Space', 'derive_groups']
 
 #: role of a layer -> how its path ends or what it holds; the first that matches counts
@@ -35,22 +37,24 @@ class Group:
         name: for tables, ``fc1`` or ``stage2``.
         layers: glob patterns that match them and no other weight layer.
         sizes: number of weights of each.
+        factors: number of factors of each at few bits.
     """
 
     name: str
     layers: tuple[str, ...]
     sizes: tuple[int, ...]
+    factors: tuple[int, ...]
 
     def num_bytes(self, bits: int) -> int:
         """Bytes of its weights, packed at ``bits``."""
-        return sum((size * bits + 7) // 8 for size in self.sizes)
+        return sum(packed_bytes(size, bits, f) for size, f in zip(self.sizes, self.factors, strict=True))
 
 
-def derive_groups(sizes: Mapping[str, int], grouping: str = 'role') -> tuple[Group, ...]:
+def derive_groups(sizes: Mapping[str, tuple[int, int]], grouping: str = 'role') -> tuple[Group, ...]:
     """Groups of the weight layers of a quantized classifier.
 
     Args:
-        sizes: module path -> number of weights, in the model's order.
+        sizes: module path -> number of weights and of factors, in the model's order.
         grouping: ``'role'`` (embed, qkv, proj, fc1, fc2, merge, head), ``'stage'`` (Swin's stages; four parts of a
             ViT), or ``'block'``.
 
@@ -64,7 +68,8 @@ def derive_groups(sizes: Mapping[str, int], grouping: str = 'role') -> tuple[Gro
     for path in sizes:
         members.setdefault(_group_name(path, grouping, depth), []).append(path)
     return tuple(
-        Group(name, _patterns(paths, list(sizes)), tuple(sizes[p] for p in paths)) for name, paths in members.items()
+        Group(name, _patterns(paths, list(sizes)), *zip(*(sizes[p] for p in paths), strict=True))
+        for name, paths in members.items()
     )
 
 
@@ -196,7 +201,9 @@ class Space:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Space:
         """What :meth:`to_dict` wrote."""
-        groups = tuple(Group(g['name'], tuple(g['layers']), tuple(g['sizes'])) for g in data['groups'])
+        groups = tuple(
+            Group(g['name'], *(tuple(g[k]) for k in ('layers', 'sizes', 'factors'))) for g in data['groups']
+        )
         return cls(**{**data, 'groups': groups, 'weight_bits': tuple(data['weight_bits'])})
 
 

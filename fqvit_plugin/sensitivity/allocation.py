@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from ..layers import QAct, QConv2d, QLinear
+from ..weight_quantizer import factors_of, packed_bytes
 from .records import Sensitivity
 
 __all__ = [
@@ -49,6 +50,7 @@ class LayerCost:
         input_path: the activation that it reads; empty where nobody told.
         input_bits: bits of that activation.
         input_kl: bits of that activation -> divergence with it alone quantized; empty where it is not chosen.
+        factors: how many the weights have at few bits.
     """
 
     path: str
@@ -58,6 +60,7 @@ class LayerCost:
     input_path: str = ''
     input_bits: int = 8
     input_kl: Mapping[int, float] = field(default_factory=dict)
+    factors: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,11 +82,11 @@ class Allocation:
     bit_ops: int
 
 
-def stored_bytes(weights: int, bits: int, as_file: bool = False) -> int:
+def stored_bytes(cost: LayerCost, bits: int, as_file: bool = False) -> int:
     """Bytes of a layer's weights: packed to their bits, or as an integer checkpoint stores them, 4 or 8 bits each."""
     if as_file:
         bits = 4 if bits <= 4 else 8
-    return (weights * bits + 7) // 8
+    return packed_bytes(cost.weights, bits, cost.factors)
 
 
 def costs_of(result: Sensitivity, layers: Mapping[str, Any], macs: Mapping[str, int]) -> list[LayerCost]:
@@ -120,6 +123,7 @@ def costs_of(result: Sensitivity, layers: Mapping[str, Any], macs: Mapping[str, 
                     feeds,
                     bits,
                     input_kl if len(input_kl) > 1 else {},
+                    factors_of(layer.weight, layer.weight_quantizer.spec),
                 )
             )
     if not costs:
@@ -153,7 +157,7 @@ def allocate(
         raise ValueError('nothing to allocate under: give a budget of bytes or of bit operations')
     problem = _Problem(costs, sorted(set(candidates)), sorted(set(act_candidates)))
     if max_bytes is not None:
-        problem.limit(lambda cost, bits, _: stored_bytes(cost.weights, bits, as_file), max_bytes, 'bytes')
+        problem.limit(lambda cost, bits, _: stored_bytes(cost, bits, as_file), max_bytes, 'bytes')
     if max_bit_ops is not None:
         problem.limit(lambda cost, bits, act: cost.macs * bits * act, max_bit_ops, 'bit operations')
     pairs, act_bits = problem.solve()
@@ -164,7 +168,7 @@ def allocate(
         weight_bits,
         act_bits,
         kl,
-        sum(stored_bytes(cost.weights, pair[0], as_file) for cost, pair in zip(costs, pairs, strict=True)),
+        sum(stored_bytes(cost, pair[0], as_file) for cost, pair in zip(costs, pairs, strict=True)),
         sum(cost.macs * pair[0] * pair[1] for cost, pair in zip(costs, pairs, strict=True)),
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..layers import QConv2d, QLinear
 from ..lifecycle import set_phase
 from ..phase import Phase
-from ..quantizers import WeightQuantizer
+from ..weight_quantizer import WeightQuantizer
 
 __all__ = [
     'ArrivedError',
@@ -206,6 +206,7 @@ def walk(calibration: Calibration) -> Iterator[tuple[str, Block, list[Tensor], l
     Between two turns the caller may change the block's codes; the quantized stream goes on by what holds then.
     """
     model = calibration.model
+    set_phase(model, Phase.FLOAT)
     named = blocks_of(model)
     modules = [module for _, module in named]
     joined = chained(calibration, modules)

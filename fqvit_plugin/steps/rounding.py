@@ -14,7 +14,7 @@ from .base import Calibration, Step, blocks_of, roundable, walk
 from .parts import parts_of
 from .statistics import Moments, row_weights
 
-__all__ = ['Round', 'damped', 'round_with_feedback', 'searched_scale']
+__all__ = ['Round', 'damped', 'round_with_feedback']
 
 
 @STEPS.register_module(name=['round', 'Round'])
@@ -76,31 +76,12 @@ class Round(Step):
             off = cross - weight.double() @ covariance
             weight = weight + torch.linalg.solve(damped(covariance, self.ridge), off.T).T.float()
         variance = covariance.diagonal().clamp_min(0).float()[:columns]
-        quantizer.scale.copy_(searched_scale(weight[:rows, :columns], variance, limit, self.shrink))
-        scale = layer.integers()[1]  # with those of copies
-        codes = round_with_feedback(weight, scale, covariance, limit, self.damp)
-        quantizer.choose(codes, wanted - (codes.float() * scale[:, None]) @ mean)
+        quantizer.search_(weight[:rows, :columns], variance, self.shrink)
+        scale, multiples = layer.integers()[1][:, None], layer.multiples()  # with those of copies
+        codes = round_with_feedback(weight, scale * multiples, covariance, limit, self.damp)
+        steps = codes * multiples
+        quantizer.choose(steps, wanted - (steps * scale) @ mean)
         layer.freeze()
-
-
-def searched_scale(weight: Tensor, importance: Tensor, limit: int, shrink: float) -> Tensor:
-    """(O,) scales of least squared error, columns weighted by ``importance``.
-
-    Args:
-        weight: (O, I).
-        importance: (I,).
-        limit: codes are -limit to limit - 1.
-        shrink: the narrowest range, as a part of the row's.
-    """
-    top = weight.abs().amax(1).clamp_min(1e-8) / (limit - 0.5)
-    best, best_error = top, torch.full_like(top, torch.inf)
-    for part in torch.linspace(shrink, 1.0, 71).tolist():
-        scale = (top * part)[:, None]
-        codes = torch.round(weight / scale).clamp_(-limit, limit - 1)
-        error = (codes.mul_(scale).sub_(weight).square_() * importance).sum(1)
-        better = error < best_error
-        best, best_error = torch.where(better, scale[:, 0], best), torch.where(better, error, best_error)
-    return best
 
 
 def round_with_feedback(weight: Tensor, scale: Tensor, covariance: Tensor, limit: int, damp: float) -> Tensor:
@@ -108,7 +89,7 @@ def round_with_feedback(weight: Tensor, scale: Tensor, covariance: Tensor, limit
 
     Args:
         weight: (O, I).
-        scale: (O,).
+        scale: (O, I), or (O, 1).
         covariance: (I, I) of the inputs.
         limit: codes are -limit to limit - 1.
         damp: of the diagonal, as a part of its mean.
@@ -118,15 +99,16 @@ def round_with_feedback(weight: Tensor, scale: Tensor, covariance: Tensor, limit
     order = second.diagonal().argsort(descending=True)
     second = second[order][:, order]
     feedback = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(second)), upper=True)
-    rest, step = weight.double()[:, order], scale.double()[:, None]
+    rest, step = weight.double()[:, order], scale.double().expand_as(weight)[:, order]
     codes = torch.zeros_like(rest)
     for start in range(0, size, _COLUMNS):
         stop = min(start + _COLUMNS, size)
         errors = torch.zeros_like(rest[:, start:stop])
         for i in range(start, stop):
-            code = torch.round(rest[:, i : i + 1] / step).clamp_(-limit, limit - 1)
+            here = step[:, i : i + 1]
+            code = torch.round(rest[:, i : i + 1] / here).clamp_(-limit, limit - 1)
             codes[:, i : i + 1] = code
-            error = (rest[:, i : i + 1] - code * step) / feedback[i, i]
+            error = (rest[:, i : i + 1] - code * here) / feedback[i, i]
             errors[:, i - start : i - start + 1] = error
             rest[:, i:stop] -= error @ feedback[i : i + 1, i:stop]
         rest[:, stop:] -= errors @ feedback[start:stop, stop:]

@@ -159,18 +159,20 @@ class _Tuned:
         weight, _ = layer.expanded()
         steps, scale, bias = layer.integers()
         self.quantizer = quantizer
-        self.scale = scale[:, None].detach()
-        start = (weight / self.scale).detach()
+        self.scale, self.multiples = scale[:, None].detach(), layer.multiples()
+        start = (weight / (self.scale * self.multiples)).detach()
         if quantizer.is_chosen:  # the code holds, and is as near to its neighbour as can be
-            start = steps + (start - steps).clamp(-_NEAR, _NEAR)
+            codes = steps / self.multiples
+            start = codes + (start - codes).clamp(-_NEAR, _NEAR)
         self.start = start
         self.offset = nn.Parameter(torch.zeros_like(start))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
 
     def steps(self) -> Tensor:
+        """Whole steps: codes times factors."""
         x = self.start + self.offset
         kind = self.quantizer.spec.bit_type
-        return (x + (x.round() - x).detach()).clamp(kind.qmin, kind.qmax)
+        return (x + (x.round() - x).detach()).clamp(kind.qmin, kind.qmax) * self.multiples
 
     def __call__(self) -> tuple[Tensor, Tensor | None]:
         return self.steps() * self.scale, self.bias
