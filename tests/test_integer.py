@@ -263,7 +263,7 @@ def test_four_bit_weights_are_packed_two_a_byte(tmp_path):
     packed = save_integer(integer, tmp_path / 'w4.safetensors')
     whole = save_integer(to_integer(calibrated(models.vit(), x)), tmp_path / 'w8.safetensors')
     weights = sum(m.weight.numel() for m in model.modules() if hasattr(m, 'weight_quantizer'))
-    assert whole - packed == pytest.approx(weights / 2, rel=0.05)
+    assert weights / 2 <= whole - packed <= 0.6 * weights, 'half, and what deflating takes off the rest'
     assert torch.equal(load_integer(tmp_path / 'w4.safetensors')(x), integer(x))
 
 
@@ -332,14 +332,15 @@ def test_a_damaged_integer_checkpoint_is_named(tmp_path, part):
     save_integer(to_integer(calibrated(models.vit(), models.images(2))), path)
     tensors = load_file(path)
     damage(tensors, part)
-    save_file(tensors, path, {'format': 'fqvit_plugin.integer', 'version': '2'})
+    save_file(tensors, path, {'format': 'fqvit_plugin.integer', 'version': '3'})
     with pytest.raises(ValueError, match=r'int\.safetensors is a damaged integer checkpoint'):
         load_integer(path)
 
 
-def test_the_file_is_read_as_the_document_says(tmp_path):
+@pytest.mark.parametrize('options', [dict(weight_bits=4), dict(weight_bits=4, group_size=16)], ids=['rows', 'groups'])
+def test_the_file_is_read_as_the_document_says(tmp_path, options):
     """docs/integer.md, followed with numpy alone."""
-    integer = to_integer(calibrated(models.swin(), models.images(2, 56), weight_bits=4), (56, 56))
+    integer = to_integer(calibrated(models.swin(), models.images(2, 56), **options), (56, 56))
     save_integer(integer, tmp_path / 'int.safetensors')
     tensors = {name: tensor.numpy() for name, tensor in load_file(tmp_path / 'int.safetensors').items()}
     program = json.loads(zlib.decompress(tensors.pop('program').tobytes()))
@@ -349,10 +350,18 @@ def test_the_file_is_read_as_the_document_says(tmp_path):
         found[name] = np.frombuffer(block, kind, count, start).reshape(shape)
         start += found[name].nbytes
     assert start == len(block)
-    for name, packed in tensors.items():
+    grouped = 0
+    for name, stored in tensors.items():
+        packed = np.frombuffer(zlib.decompress(stored.tobytes()), np.uint8)
         halves = np.stack((packed & 15, packed >> 4), 1).ravel().astype(np.int8)
         shape = program['int4'][name]
         found[name] = np.where(halves > 7, halves - 16, halves)[: math.prod(shape)].reshape(shape)
+        if name + ':groups' in found:
+            groups, packed = found.pop(name + ':groups'), found.pop(name + ':factors')
+            factors = np.stack((packed & 15, packed >> 4), 1).ravel()[: shape[0] * (groups.max() + 1)]
+            found[name] = found[name] * factors.reshape(shape[0], -1)[:, groups].astype(np.int8)
+            grouped += 1
+    assert bool(grouped) is ('group_size' in options)
     assert found.keys() == integer.program.constants.keys()
     for name, value in integer.program.constants.items():
         assert np.array_equal(found[name], value.numpy()), name

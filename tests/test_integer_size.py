@@ -32,11 +32,19 @@ def float_model(name, path):
     return model
 
 
-@pytest.mark.parametrize(('bits', 'share'), [(8, 0.27), (4, 0.15)])
+SCHEMES = {
+    '8': (dict(name='fqvit_w8a8'), 0.27),
+    '4': (dict(name='fqvit_w8a8', weight_bits=4), 0.15),
+    '4 with factors': (dict(name='fqvit_w4a8', steps=[]), 0.15),
+}
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
 @pytest.mark.parametrize('name', ['deit_t', 'deit_s', 'swin_t'])
-def test_share_of_the_float_file(name, bits, share, tmp_path):
+def test_share_of_the_float_file(name, scheme, tmp_path):
+    options, share = SCHEMES[scheme]
     model = float_model(name, tmp_path / 'float.pth')
-    fq.quantize_model_(model, fq.get_scheme('fqvit_w8a8', weight_bits=bits))
+    fq.quantize_model_(model, fq.get_scheme(**options))
     fq.calibrate_(model, [torch.randn(1, 3, 224, 224)])
     fq.quant(model)
     size = save_integer(to_integer(model), tmp_path / 'int.safetensors')

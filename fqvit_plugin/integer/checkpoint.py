@@ -1,7 +1,7 @@
 """Integer checkpoints: one safetensors file that needs no config, no float weights, no data and no pickle.
 
-Three kinds of tensors: each layer's weights, in int8, or two 4-bit weights to a byte with their factors; every other
-constant, one after the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
+Three kinds of tensors: each layer's weights, in int8 or two 4-bit weights to a byte, deflated; every other constant, one
+after the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ VERSION = 3
 
 #: Argument of the ``linear`` kernel: what its constants' names end in, and what is stored under its own name.
 _WEIGHT = ':weight'
-#: What stands behind a weight's name: its factors, two to a byte, and among the constants the groups of its columns.
+#: What stands behind a weight's name among the constants: factors of 4-bit weights, and the group of each column.
 _FACTORS, _GROUPS = ':factors', ':groups'
 _DTYPES = {
     str(dtype).removeprefix('torch.'): dtype
@@ -55,16 +55,15 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
 
     for name, value in model.program.constants.items():
         groups = model.program.groups.get(name)
-        parts = None if groups is None else apart(value, groups)
         if not name.endswith(_WEIGHT):
             put(name, value)
-        elif fits(value):
-            tensors[name], packed[name] = pack(value), list(value.shape)
-        elif groups is not None and parts is not None:
-            codes, factors = parts
-            tensors[name], packed[name] = pack(codes), list(value.shape)
-            tensors[name + _FACTORS] = pack(factors)
+            continue
+        if not fits(value) and groups is not None and (parts := apart(value, groups)) is not None:
+            value, factors = parts
+            put(name + _FACTORS, pack(factors))
             put(name + _GROUPS, groups)
+        if fits(value):
+            tensors[name], packed[name] = _deflate(pack(value).numpy().tobytes()), list(value.shape)
         else:
             tensors[name] = value
     program = {
@@ -124,13 +123,18 @@ def _check_version(path: str | os.PathLike, metadata: dict[str, str]) -> None:
 def _program(tensors: dict[str, Tensor]) -> Program:
     stored = json.loads(_inflate(tensors['program']))
     constants = _unpack_block(stored['constants'], _inflate(tensors['constants']))
-    groups = {name.removesuffix(_GROUPS): constants.pop(name) for name in list(constants) if name.endswith(_GROUPS)}
+    groups = {}
     for name, tensor in tensors.items():
-        if name.endswith(_WEIGHT):
-            constants[name] = unpack(tensor, *stored['int4'][name]) if name in stored['int4'] else tensor
-    for name, of_columns in groups.items():
-        factors = unpack(tensors[name + _FACTORS], len(constants[name]), int(of_columns.max()) + 1) & 15
-        constants[name] *= factors[:, of_columns]
+        if not name.endswith(_WEIGHT):
+            continue
+        constants[name] = tensor
+        if name in stored['int4']:
+            packed = torch.frombuffer(_inflate(tensor), dtype=torch.uint8)
+            constants[name] = unpack(packed, *stored['int4'][name])
+        if name + _GROUPS in constants:
+            groups[name] = of_columns = constants.pop(name + _GROUPS)
+            factors = unpack(constants.pop(name + _FACTORS), len(constants[name]), int(of_columns.max()) + 1) & 15
+            constants[name] *= factors[:, of_columns]
     ops = tuple(Op(**{**op, 'inputs': tuple(op['inputs'])}) for op in stored['ops'])
     names = dict.fromkeys(name for op in ops for name in op.constants.values())
     grids = {
