@@ -18,7 +18,7 @@ from fqvit_plugin.lifecycle import named_quantizers, phase_of
 from fqvit_plugin.search.nni_compat import import_compression, import_nni
 from fqvit_plugin.search.nni_config import scheme_of, tensors_of
 
-from . import models
+from . import models, test_low_bits
 
 nni = import_nni()
 import_compression()
@@ -150,6 +150,22 @@ def test_calibration_config_goes_into_another_model():
     six = FQViTQuantizer(models.swin(), [], scheme=dict(type='fqvit_w8a8_attn4', act_bits=6))
     with pytest.raises(ValueError, match=r'was calibrated as uint8 .* the model wants uint6'):
         six.update_calibration_config(config)
+
+
+def test_levels_copies_and_factors_go_into_another_model():
+    scheme = dict(type='fqvit_w4a4', steps=[])
+    first, second, images = test_low_bits.vit(), test_low_bits.vit(), models.batches(2)
+    _, config = FQViTQuantizer(first, [], evaluator_of(first, images), scheme=scheme).compress()
+    found = [entry['buffers'] for layer in config.values() for entry in layer.values() if entry['scale'] is not None]
+    assert all(any(len(b.get(name, ())) for b in found) for name in ('levels', 'copies', 'factors'))
+    FQViTQuantizer(second, [], scheme=scheme).update_calibration_config(config)
+    assert_same(buffers_of(second), buffers_of(first))
+    assert torch.equal(second(images[0], mode='tensor'), first(images[0], mode='tensor'))
+
+
+def test_recipes_with_steps_are_refused():
+    with pytest.raises(ValueError, match=r'fqvit_w4a4 has steps \(equalize, round\).*steps=\[\]'):
+        FQViTQuantizer(models.vit(), [], scheme='fqvit_w4a4')
 
 
 def test_a_pruners_masks_are_multiplied_in():

@@ -1,7 +1,7 @@
 """Integer checkpoints: one safetensors file that needs no config, no float weights, no data and no pickle.
 
-Three kinds of tensors: each layer's weights, in int8 or two 4-bit weights to a byte, deflated; every other constant, one
-after the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
+Three kinds of tensors: each layer's weights, in int8 or two 4-bit weights to a byte, deflated; every other constant,
+one after the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
 """
 
 from __future__ import annotations

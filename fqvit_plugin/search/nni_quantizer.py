@@ -57,6 +57,12 @@ class FQViTQuantizer(_Quantizer):
         scheme: str | Mapping[str, Any] | QuantScheme = 'fqvit_w8a8',
     ) -> None:
         self.base_scheme = parse_scheme(scheme)
+        if steps := ', '.join(s.name for s in self.base_scheme.steps):
+            raise ValueError(
+                f'{self.base_scheme.name} has steps ({steps}), which pass over the images again, and '
+                "NNI's evaluator does not hand them out: calibrate with tools/calibrate.py or the QuantHook, or leave "
+                'the steps out with scheme=dict(type=..., steps=[])'
+            )
         self.scheme = scheme_of(model, config_list, self.base_scheme)
         self.report: Report | None = None
         self._existed = dict(existed_wrappers or {})
@@ -154,7 +160,7 @@ class FQViTQuantizer(_Quantizer):
     _fuse_postprocess = _fuse_preprocess
 
     def get_calibration_config(self) -> dict[str, dict[str, dict[str, Any]]]:
-        """NNI's form: layer -> target -> scale, zero point, dtype, scheme, bits, and the ends of the grid.
+        """NNI's form: layer -> target -> scale, zero point, dtype, scheme, bits, ends of the grid, further buffers.
 
         Layers are those of the quantized model. Attention probabilities lie on a fixed log2 grid, without a scale.
         """
@@ -195,6 +201,8 @@ class FQViTQuantizer(_Quantizer):
                     quantizer = layer.weight_quantizer if target == 'weight' else layer.quantizer
                     quantizer.scale.copy_(given['scale'])
                     quantizer.zero_point.copy_(given['zero_point'])
+                    for buffer, value in given['buffers'].items():
+                        getattr(quantizer, buffer).resize_(value.shape).copy_(value)
         quant(self.bound_model)
 
     def _quantized_layers(self) -> dict[str, Any]:
@@ -204,14 +212,16 @@ class FQViTQuantizer(_Quantizer):
 
 def _entry(quantizer: UniformQuantizer, scheme: str) -> dict[str, Any]:
     kind, scale, zero_point = quantizer.spec.bit_type, quantizer.scale.cpu(), quantizer.zero_point.cpu()
+    widest = quantizer.widest_step.cpu()
     return {
         'scale': scale.clone(),
         'zero_point': zero_point.clone(),
         'quant_dtype': kind.name,
         'quant_scheme': scheme,
         'quant_bits': kind.bits,
-        'tracked_max': (kind.qmax - zero_point) * scale,
-        'tracked_min': (kind.qmin - zero_point) * scale,
+        'tracked_max': (kind.qmax - zero_point) * widest,
+        'tracked_min': (kind.qmin - zero_point) * widest,
+        'buffers': {n: b.cpu().clone() for n, b in quantizer.named_buffers() if n not in ('scale', 'zero_point')},
     }
 
 
