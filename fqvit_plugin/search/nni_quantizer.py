@@ -60,8 +60,8 @@ class FQViTQuantizer(_Quantizer):
         if steps := ', '.join(s.name for s in self.base_scheme.steps):
             raise ValueError(
                 f'{self.base_scheme.name} has steps ({steps}), which pass over the images again, and '
-                "NNI's evaluator does not hand them out: calibrate with tools/calibrate.py or the QuantHook, or leave "
-                'the steps out with scheme=dict(type=..., steps=[])'
+                "NNI's evaluator does not hand them out: calibrate with tools/calibrate.py or the QuantHook, or "
+                'leave them out with scheme=dict(type=..., steps=[])'
             )
         self.scheme = scheme_of(model, config_list, self.base_scheme)
         self.report: Report | None = None
