@@ -18,7 +18,7 @@ from fqvit_plugin.lifecycle import dequant, forward_images, phase_of, quant, set
 from fqvit_plugin.phase import Phase, QuantLayer
 from fqvit_plugin.registry import STEPS
 from fqvit_plugin.scheme import StepSpec
-from fqvit_plugin.steps.base import Calibration, Step, blocks_of, weight_layers
+from fqvit_plugin.steps.base import Calibration, Step, blocks_of, walk, weight_layers
 from fqvit_plugin.steps.equalize import Equalize
 from fqvit_plugin.steps.rounding import Round, round_with_feedback
 from fqvit_plugin.steps.tuning import Tune, _Tuned
@@ -371,6 +371,16 @@ def test_tune_is_reproducible_and_alone_is_a_recipe():
         quant(model)
         runs.append(logits(model, data))
     assert torch.equal(*runs)
+
+
+def test_the_float_stream_of_a_walk_is_the_float_models_whatever_phase_it_finds():
+    data = models.batches(2, per_batch=4)
+    model = recalibrated(models.vit, data, 'fqvit_w4a4', [])
+    expected = [floats for _, _, floats, _, _ in walk(calibration_of(model, data))]
+    quant(model)
+    for (_, _, floats, quants, _), first in zip(walk(calibration_of(model, data)), expected, strict=True):
+        assert torch.equal(torch.cat(floats), torch.cat(first))
+        assert not torch.equal(torch.cat(floats), torch.cat(quants))
 
 
 def test_tuning_starts_from_the_codes_that_were_chosen_and_can_change_them():
