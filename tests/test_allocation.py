@@ -91,15 +91,16 @@ def test_no_combination_under_the_bit_operations_is_better(shared):
 def test_bytes_by_hand():
     layer = LayerCost('a', 11, {})
     assert [stored_bytes(layer, b) for b in (3, 4, 6, 8)] == [5, 6, 9, 11]
-    assert [stored_bytes(layer, b, as_file=True) for b in (3, 4, 6, 8)] == [6, 6, 11, 11]
+    assert [stored_bytes(layer, b, as_file=True) for b in (3, 4, 6, 8)] == [6, 6, 9, 11]
     grouped = LayerCost('a', 96, {}, factors=6)  # 4 bits each where codes have less than 7
     assert [stored_bytes(grouped, b) for b in (3, 4, 6, 7, 8)] == [39, 51, 75, 84, 96]
-    assert [stored_bytes(grouped, b, as_file=True) for b in (3, 4, 6, 8)] == [51, 51, 96, 96]
-    # two layers of 8 weights: 4 and 8 bits take 12 bytes as a file holds them, and so would 3 and 6
+    assert [stored_bytes(grouped, b, as_file=True) for b in (3, 4, 6, 8)] == [51, 51, 75, 96]
+    # two layers of 8 weights: a file holds 3 bits as it holds 4
     costs = [LayerCost('a', 8, {3: 9.0, 4: 1.0, 6: 0.2, 8: 0.1}), LayerCost('b', 8, {3: 9.0, 4: 7.0, 6: 0.5, 8: 0.4})]
-    found = solve(costs, BITS, max_bytes=12, as_file=True)
-    assert dict(found.weight_bits) == {'a': 4, 'b': 8}
-    assert dict(solve(costs, BITS, max_bytes=12).weight_bits) == {'a': 6, 'b': 6}
+    assert dict(solve(costs, BITS, max_bytes=7).weight_bits) == {'a': 4, 'b': 3}
+    assert dict(solve(costs, BITS, max_bytes=8, as_file=True).weight_bits) == {'a': 4, 'b': 4}
+    with pytest.raises(ValueError, match='the fewest bits take 8'):
+        solve(costs, BITS, max_bytes=7, as_file=True)
 
 
 @pytest.mark.parametrize(

@@ -131,14 +131,14 @@ def test_a_layer_multiplies_what_its_integers_say(layer):
 def test_packing_gives_every_weight_back():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-8, 8, (7, 43), generator=generator).to(torch.int8)
-    assert fits(codes)
+    assert fits(codes, 4)
     assert torch.equal(unpack(pack(codes), 7, 43), codes)
     groups = torch.cat((torch.arange(40) // 16, torch.tensor([2, 0, 0])))  # copies of three columns stand behind
     factors = torch.randint(1, 16, (7, 3), generator=generator).to(torch.int8)
     weight = codes * factors[:, groups]
-    assert not fits(weight)
+    assert not fits(weight, 4)
     found, smallest = apart(weight, groups)
-    assert fits(found)
+    assert fits(found, 4)
     assert torch.equal(found * smallest[:, groups], weight)
     assert bool((smallest <= factors).all())
 

@@ -44,7 +44,7 @@ from fqvit_plugin.weight_quantizer import packed_bytes
 
 _EXAMPLES = """\
 Bytes are those of weights packed to their bits, and of everything else as reports count it; --as-file counts weights
-as an integer checkpoint stores them, 4 or 8 bits each.
+as an integer checkpoint stores them at most, no fewer than 4 bits each.
 
 examples:
   python tools/allocate.py configs/fqvit_deit_t_w8a8.py deit-tiny.pth --budget-bits 4 --out deit_t_mixed.py

@@ -1,7 +1,8 @@
 """Integer checkpoints: one safetensors file that needs no config, no float weights, no data and no pickle.
 
-Three kinds of tensors: each layer's weights, in int8 or two 4-bit weights to a byte, deflated; every other constant,
-one after the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies them.
+Three kinds of tensors: each layer's weights, in int8, those of fewer bits deflated, of 4 bits two to a byte; every
+other constant, one after the other in a deflated block; and the program, deflated JSON. ``docs/integer.md`` specifies
+them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
     """
     tensors: dict[str, Tensor] = {}
     packed: dict[str, list[int]] = {}
+    narrow: dict[str, list[int]] = {}
     layout: dict[str, Any] = {}
     block = bytearray()
 
@@ -58,13 +60,15 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
         if not name.endswith(_WEIGHT):
             put(name, value)
             continue
-        if not fits(value) and groups is not None and (parts := apart(value, groups)) is not None:
+        if not fits(value, 4) and groups is not None and (parts := apart(value, groups)) is not None:
             value, factors = parts
             put(name + _FACTORS, pack(factors))
             put(name + _GROUPS, groups)
-        if fits(value):
+        if fits(value, 4):
             tensors[name], packed[name] = _deflate(pack(value).numpy().tobytes()), list(value.shape)
-        else:
+        elif fits(value, 7):
+            tensors[name], narrow[name] = _deflate(value.numpy().tobytes()), list(value.shape)
+        else:  # deflating would take off little
             tensors[name] = value
     program = {
         'ops': [dataclasses.asdict(op) for op in model.program.ops],
@@ -72,6 +76,7 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
         'image_size': model.program.image_size,
         'grids': {name: dataclasses.asdict(grid) for name, grid in model.program.grids.items()},
         'int4': packed,
+        'deflated': narrow,
         'constants': layout,
     }
     tensors['constants'] = _deflate(bytes(block))
@@ -127,10 +132,11 @@ def _program(tensors: dict[str, Tensor]) -> Program:
     for name, tensor in tensors.items():
         if not name.endswith(_WEIGHT):
             continue
-        constants[name] = tensor
         if name in stored['int4']:
-            packed = torch.frombuffer(_inflate(tensor), dtype=torch.uint8)
-            constants[name] = unpack(packed, *stored['int4'][name])
+            tensor = unpack(torch.frombuffer(_inflate(tensor), dtype=torch.uint8), *stored['int4'][name])
+        elif name in stored['deflated']:
+            tensor = torch.frombuffer(_inflate(tensor), dtype=torch.int8).view(stored['deflated'][name])
+        constants[name] = tensor
         if name + _GROUPS in constants:
             groups[name] = of_columns = constants.pop(name + _GROUPS)
             factors = unpack(constants.pop(name + _FACTORS), len(constants[name]), int(of_columns.max()) + 1) & 15

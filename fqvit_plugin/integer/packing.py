@@ -8,9 +8,10 @@ from torch import Tensor
 __all__ = ['apart', 'fits', 'pack', 'unpack']
 
 
-def fits(weight: Tensor) -> bool:
-    """Whether every one of ``weight`` has four bits."""
-    return bool(weight.min() >= -8 and weight.max() <= 7)
+def fits(weight: Tensor, bits: int) -> bool:
+    """Whether every one of ``weight`` has so few bits."""
+    limit = 2 ** (bits - 1)
+    return bool(weight.min() >= -limit and weight.max() < limit)
 
 
 def pack(weight: Tensor) -> Tensor:

@@ -83,9 +83,9 @@ class Allocation:
 
 
 def stored_bytes(cost: LayerCost, bits: int, as_file: bool = False) -> int:
-    """Bytes of a layer's weights: packed to their bits, or as an integer checkpoint stores them, 4 or 8 bits each."""
+    """Bytes of a layer's weights: packed to their bits, or as an integer checkpoint stores them at most, 4 and more."""
     if as_file:
-        bits = 4 if bits <= 4 else 8
+        bits = max(bits, 4)
     return packed_bytes(cost.weights, bits, cost.factors)
 
 
