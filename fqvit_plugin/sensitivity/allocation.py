@@ -83,7 +83,7 @@ class Allocation:
 
 
 def stored_bytes(cost: LayerCost, bits: int, as_file: bool = False) -> int:
-    """Bytes of a layer's weights: packed to their bits, or as an integer checkpoint stores them at most, 4 and more."""
+    """Bytes of weights, packed to their bits; or at most as an integer checkpoint stores them, 4 bits or more."""
     if as_file:
         bits = max(bits, 4)
     return packed_bytes(cost.weights, bits, cost.factors)
