@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -52,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     'w4a4 nearest': dict(name='fqvit_w4a4', steps=[]),
     'w4a4 equalized': dict(name='fqvit_w4a4', steps=['equalize']),
     'w4a4 rounded': dict(name='fqvit_w4a4', steps=['round']),
-    'w4a4 tuned': dict(name='fqvit_w4a4', steps=['equalize', 'tune']),
+    'w4a4 tuned': dict(name='fqvit_w4a4', steps=['equalize', 'round', 'tune']),
 }
 _EXAMPLES = """\
 IMAGES holds calib/ and val/, flat folders of files named `<class index>_<anything>.jpg`, and weights/ with the
@@ -61,11 +62,13 @@ official ViT-Tiny and DeiT-Tiny files.
 examples:
   python tools/accuracy.py ../shared/imagenet
   python tools/accuracy.py ../shared/imagenet --models vit_t --recipes 'strict 8/8/4' --json out.json
+  python tools/accuracy.py ../shared/imagenet --recipes w4a4 --seeds 0 1 2 3 4
   python tools/accuracy.py ../shared/imagenet --via mmpretrain timm --recipes 'strict 8/8/4'
   python tools/accuracy.py ../shared/imagenet --recipes 'strict 8/8/4' --engines native openvino-qdq
 
 A recipe may also be a config, one that tools/allocate.py wrote for instance, whose quant_scheme is then taken.
-With both libraries named, a second table says how far apart their models of the same weights are.
+With several seeds, a second table has means over them.
+With both libraries named, a table says how far apart their models of the same weights are.
 
 exit codes: 0 done, 2 something is wrong with what was given (one line on stderr)
 """
@@ -269,6 +272,19 @@ def table(rows: Sequence[Row]) -> Table:
     return result
 
 
+def means_table(rows: Sequence[Row]) -> Table:
+    """Means over seeds, for a terminal; how far from float, and the standard error that the seeds give a mean."""
+    names = ('model', 'via', 'recipe', 'seeds', 'mean top-1', 'error', 'from float', 'lowest', 'highest')
+    result = Table(*names, title='over the seeds')
+    floats = {(row.model, row.via): row.top1 for row in rows if row.recipe == 'float'}
+    for key in dict.fromkeys((row.model, row.via, row.recipe) for row in rows if row.recipe != 'float'):
+        found = [row.top1 for row in rows if (row.model, row.via, row.recipe) == key]
+        mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
+        figures = (mean, error, mean - floats[key[:2]], min(found), max(found))
+        result.add_row(*key, str(len(found)), *(f'{figure:.2f}' for figure in figures))
+    return result
+
+
 def engine_table(rows: Sequence[EngineRow]) -> Table:
     """Engines beside the simulation, for a terminal."""
     result = Table('model', 'recipe', 'seed', 'engine', 'images', 'simulated', 'top-1', 'same answer', 'equal')
@@ -346,6 +362,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f'accuracy.py: {error}', file=sys.stderr)
         return 2
     console.print(table(rows))
+    if len(args.seeds) > 1:
+        console.print(means_table(rows))
     if differences:
         console.print(difference_table(differences))
     if deployed:

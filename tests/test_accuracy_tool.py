@@ -1,0 +1,19 @@
+"""tools/accuracy.py's own arithmetic. Oracle: means by hand."""
+
+from __future__ import annotations
+
+import accuracy
+
+
+def test_means_over_seeds_by_hand():
+    def row(recipe, seed, top1, model='vit_t'):
+        return accuracy.Row(model, 'mmpretrain', recipe, seed, 400, top1, 0, 0.0)
+
+    rows = [row('float', 0, 82.0), *(row('w4a4', s, t) for s, t in enumerate((75.0, 76.0, 77.0)))]
+    rows += [row('float', 0, 79.0, 'deit_t'), *(row('w4a4', s, 78.5, 'deit_t') for s in range(3))]
+    table = accuracy.means_table(rows)
+    columns = [list(column.cells) for column in table.columns]
+    assert [c[0] for c in columns] == [
+        'vit_t', 'mmpretrain', 'w4a4', '3', '76.00', '0.58', '-6.00', '75.00', '77.00',
+    ]  # fmt: skip
+    assert [c[1] for c in columns][4:7] == ['78.50', '0.00', '-0.50']
