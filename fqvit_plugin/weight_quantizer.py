@@ -115,14 +115,6 @@ class WeightQuantizer(UniformQuantizer):
         """(O,): that of the widest group of each row."""
         return self.scale * self.factors.amax(1) if self.factors.numel() else self.scale
 
-    def multiples(self) -> Tensor | None:
-        """(O, I) int8: how many steps a code stands for in each column, the last group perhaps beyond the weight.
-
-        None where there are no groups.
-        """
-        size = self.spec.group_size
-        return self.factors.repeat_interleave(size, 1) if size and self.factors.numel() else None
-
     def steps(self, x: Tensor, inplace: bool = False) -> Tensor:
         """Whole steps from zero, in floating point: codes times factors."""
         steps = super().steps(x, inplace)
@@ -138,8 +130,10 @@ class WeightQuantizer(UniformQuantizer):
         return (scale if factors is None else scale * factors), zero_point
 
     def _factors_like(self, x: Tensor) -> Tensor | None:
-        multiples = self.multiples()
-        return None if multiples is None else multiples[:, : x[0].numel()].view(x.shape)
+        size = self.spec.group_size
+        if size is None or not self.factors.numel():
+            return None
+        return self.factors.repeat_interleave(size, 1)[:, : x[0].numel()].view(x.shape)
 
 
 def largest_factor(bits: int) -> int:

@@ -154,7 +154,7 @@ class Builder:
         weight = steps.flatten(1).to(torch.int8)
         name = self.emit('linear', [x.name], f'{self.path(layer)}.sums', {'weight': weight}, zero=zero)
         if (groups := layer.column_groups()) is not None:
-            self._groups[f'{name}:weight'] = groups.cpu()
+            self._groups[f'{name}:weight'] = groups
         return Sums(name, (scale, x.scale), bias)
 
     def affine(self, x: Sums, out: Codes, factor: Tensor | float = 1.0) -> Codes:

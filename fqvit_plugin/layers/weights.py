@@ -104,18 +104,15 @@ class _QWeightLayer(QuantLayer):
 
     def multiples(self) -> Tensor:
         """(O, I), or (O, 1) without groups, int8: how many steps of a row's scale a code stands for, with copies."""
-        rows, columns = self.copies
-        multiples = self.weight_quantizer.multiples()
-        if multiples is None:
-            count = len(self.weight) + (0 if rows is None else len(rows[0]))
-            return torch.ones(count, 1, dtype=torch.int8, device=self.weight.device)
-        multiples = multiples[:, : self.weight[0].numel()]
-        if rows is not None:
-            multiples = torch.cat((multiples, multiples[rows[0]]))
-        return multiples if columns is None else torch.cat((multiples, multiples[:, columns[0]]), 1)
+        rows, groups = self.copies[0], self.column_groups()
+        if groups is None:
+            multiples = torch.ones(len(self.weight), 1, dtype=torch.int8, device=self.weight.device)
+        else:
+            multiples = self.weight_quantizer.factors[:, groups.to(self.weight.device)]
+        return multiples if rows is None else torch.cat((multiples, multiples[rows[0]]))
 
     def column_groups(self) -> Tensor | None:
-        """(I,) int64, the group of each column, with copies; None where columns share no factors."""
+        """(I,) int64 on the CPU, the group of each column, with copies; None where columns share no factors."""
         if not getattr(self.weight_quantizer, 'has_groups', False):
             return None
         groups = torch.arange(self.weight[0].numel()) // self.weight_quantizer.spec.group_size
