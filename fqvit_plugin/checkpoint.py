@@ -36,7 +36,7 @@ _KEY = 'fqvit'
 _ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels', '.factors')
 #: 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies; 3: one scale of
 #: an embedding for all channels; 4: weights without factors
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass(frozen=True)

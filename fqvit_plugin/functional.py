@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     'EPS',
     'FINEST',
+    'PULL',
     'Arithmetic',
     'affine_qparams',
     'align',
@@ -37,6 +38,10 @@ EPS = torch.finfo(torch.float32).eps
 #: The smallest scale of a channel over the largest of its tensor, strict and affine. All channels' gains share one
 #: shift (dyadic.rescale), so a dead channel's grid, if it were as fine as it liked, would take the others' bits.
 FINEST = 2.0**-10
+#: How many times nearer than a far value the ordinary codes must be to be taken, see :mod:`fqvit_plugin.escape`.
+#: LayerNorm divides a token by what it holds far out: if that is taken for much less than it is, all other channels
+#: of the token grow; if for more, they shrink, which costs far less.
+PULL = 7
 
 
 def flatten_channels(x: Tensor, axis: int | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ._torch import is_compiling
 from .compiled import load_library
 from .dyadic import MEAN_BITS, RECIPROCAL_BITS, AddRule, MeanRule, Rescale
+from .escape import escaped_steps, limits
 from .intmath import (
     LARGEST_EXPONENT,
     LayerNormConstants,
@@ -32,6 +33,8 @@ from .intmath import (
 __all__ = [
     'Add',
     'Affine',
+    'Finish',
+    'ToEscape',
     'ToGrid',
     'ToTable',
     'add',
@@ -117,16 +120,42 @@ class ToTable(NamedTuple):
         return self.table.index_select(0, index.flatten()).view(index.shape)
 
 
-def _grid_before(finish: ToGrid | ToTable, x: Tensor) -> ToGrid:
+class ToEscape(NamedTuple):
+    """Whole steps to the nearest of a grid's points and of far ones, see :mod:`fqvit_plugin.escape`; (C,) float32."""
+
+    low: Tensor
+    high: Tensor
+    far: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, grid: ToGrid, far: Tensor) -> ToEscape:
+        """From a grid and whole steps."""
+        far = far.float()
+        return cls(*limits(grid.low, grid.high, far), far, grid.scale)
+
+    def finish(self, steps: Tensor) -> Tensor:
+        """PyTorch's way; float32."""
+        return escaped_steps(steps.float(), self.low, self.high, self.far).mul_(self.scale)
+
+
+Finish = ToGrid | ToTable | ToEscape
+
+
+def _grid_before(finish: Finish, x: Tensor) -> ToGrid:
     """What a pass that knows grids alone does of ``finish`` to (…, C)."""
     if isinstance(finish, ToGrid):
         return finish
     one = torch.ones(x.shape[-1])
+    if isinstance(finish, ToEscape):  # float32 holds whole numbers up to 2**24
+        return ToGrid(one * -(2.0**24), one * 2.0**24, one)
     return ToGrid(one * finish.first, one * (finish.first + len(finish.table) - 1), one)
 
 
-def _table_after(finish: ToGrid | ToTable, x: Tensor) -> Tensor:
+def _rest_after(finish: Finish, x: Tensor) -> Tensor:
     """The rest of ``finish``, in place."""
+    if isinstance(finish, ToEscape):
+        return x.copy_(finish.finish(x))
     if isinstance(finish, ToTable):
         rows, channels = x.numel() // x.shape[-1], x.shape[-1]
         identity = torch.ones(channels, dtype=torch.float64)
@@ -175,15 +204,15 @@ def _argument(value: Any) -> Any:
 # ------------------------------------------------------------------------------------------------ passes
 
 
-def affine(x: Tensor, rule: Affine, finish: ToGrid | ToTable) -> Tensor:
+def affine(x: Tensor, rule: Affine, finish: Finish) -> Tensor:
     """Accumulators (…, C) of at most 28 bits to a grid or through a table, float32; may overwrite ``x``."""
     if lib := _native(x):
         rows, channels = x.numel() // x.shape[-1], x.shape[-1]
-        if isinstance(finish, ToGrid):
-            _call(lib.fq_rescale, x, x, rows, channels, *rule, *finish)
-        else:
+        if isinstance(finish, ToTable):
             _call(lib.fq_table, x, x, rows, channels, *rule, *_table(finish))
-        return x
+            return x
+        _call(lib.fq_rescale, x, x, rows, channels, *rule, *_grid_before(finish, x))
+        return _rest_after(finish, x)
     out = x if x.dtype is torch.float32 else torch.empty_like(x, dtype=torch.float32)
     # |x gain| < 2**52 and |offset| <= 2**51
     return by_slices(
@@ -194,14 +223,14 @@ def affine(x: Tensor, rule: Affine, finish: ToGrid | ToTable) -> Tensor:
     )
 
 
-def add(a: Tensor, b: Tensor, rule: Add, finish: ToGrid | ToTable) -> Tensor:
+def add(a: Tensor, b: Tensor, rule: Add, finish: Finish) -> Tensor:
     """The sum of reals on two grids, (…, C), on a third; ``b`` broadcasts to ``a`` along leading axes."""
     a, b = a.contiguous(), b.contiguous()
     if (lib := _native(a, b)) and _is_tail(b.shape, a.shape):
         channels, out = a.shape[-1], torch.empty_like(a)
         grid = _grid_before(finish, out)
         _call(lib.fq_add, a, b, out, a.numel() // channels, b.numel() // channels, channels, *rule, *grid)
-        return _table_after(finish, out)
+        return _rest_after(finish, out)
 
     def rows(a: Tensor, second: Tensor) -> Tensor:
         first = torch.mul(a, rule.inverse_a).round_().double()
@@ -262,7 +291,7 @@ def powers(steps: Tensor, scale: Tensor, bits: int, mask: Tensor | None = None) 
     return high, both - high, total
 
 
-def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, finish: ToGrid | ToTable) -> Tensor:
+def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, finish: Finish) -> Tensor:
     """``(high + low) / total`` in steps of the values to the grid of the result, with one division for each row.
 
     ``r = 2**44 // total``, then ``m = (sums r + 2**27) >> 28`` (16 fractional bits) and
@@ -277,7 +306,7 @@ def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, fini
         gain_value = ctypes.c_double(float(gain))
         grid = _grid_before(finish, high)
         _call(lib.fq_mean, high, low, total, high, total.numel(), high.shape[-1], gain_value, *grid)
-        return _table_after(finish, high)
+        return _rest_after(finish, high)
     one = 2.0**LARGEST_EXPONENT
 
     def rows(high: Tensor, low: Tensor, total: Tensor) -> Tensor:
@@ -291,7 +320,7 @@ def weighted_mean(high: Tensor, low: Tensor, total: Tensor, rule: MeanRule, fini
     return by_slices(rows, high, low, total, out=high, size=_SLICE)
 
 
-def layernorm(x: Tensor, layer: LayerNormConstants, finish: ToGrid | ToTable) -> Tensor:
+def layernorm(x: Tensor, layer: LayerNormConstants, finish: Finish) -> Tensor:
     """The strict integer LayerNorm of (…, C), on the grid of its result; see ``intmath.int_layernorm``."""
     if lib := _native(x):
         out, channels = torch.empty_like(x), x.shape[-1]
@@ -305,5 +334,5 @@ def layernorm(x: Tensor, layer: LayerNormConstants, finish: ToGrid | ToTable) ->
         )
         grid = _grid_before(finish, x)
         _call(lib.fq_layernorm, x, out, x.numel() // channels, channels, *scalars, gain, offset, *grid)
-        return _table_after(finish, out)
+        return _rest_after(finish, out)
     return by_slices(lambda rows: finish.finish(whole_layernorm(rows, layer)), x)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .functional import (
+    PULL,
     Arithmetic,
     affine_qparams,
     flatten_channels,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     'EmaObserver',
+    'EscapingObserver',
     'MinMaxObserver',
     'Observer',
     'PercentileObserver',
@@ -143,9 +145,96 @@ class RangeObserver(Observer):
         return grid(lo, hi, self.bit_type.qmin, self.bit_type.qmax, self.arithmetic)
 
 
+class EscapingObserver(RangeObserver):
+    """A range that may leave out of a channel what a few tokens hold far beyond all others (abstract).
+
+    Attributes:
+        escapes: whether it may; for tokens (…, C) with ``axis=-1``. A quantizer asks for it, see
+            :mod:`fqvit_plugin.escape`.
+        far: (C,) int32, what that is in whole steps, 0 for the other channels; known after :meth:`qparams`.
+    """
+
+    def __init__(self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict') -> None:
+        super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
+        self.escapes = False
+        self.far: Tensor | None = None
+
+    def measure(self, x: Tensor) -> Tensor:
+        """Minimum and maximum per channel, (2, C); with escapes also those without the tokens far out, (4, C)."""
+        ends = super().measure(x)
+        if not self.escapes:
+            return ends
+        tokens = x.flatten(0, -2)
+        return torch.cat((ends, super().measure(tokens[~_far_out(tokens)])))
+
+    def fold(self, measured: Tensor) -> None:
+        """Widen the ranges to hold the new ones."""
+        if self.range is not None:
+            lows, highs = torch.minimum(self.range, measured), torch.maximum(self.range, measured)
+            measured = torch.stack([(highs if i % 2 else lows)[i] for i in range(len(measured))])
+        self.range = measured
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Low and high end, shape (C,), or () for one scale; of all that was seen."""
+        everything, self.range = self.range, None if self.range is None else self.range[:2]
+        try:
+            return super().bounds()
+        finally:
+            self.range = everything
+
+    def near(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The range without what is far out, and what that is on average in the last batch, 0 where there is none.
+
+        Args:
+            rows: the last batch, (C, S).
+
+        Returns:
+            Low and high ends and far values, (C,), or () for one scale.
+        """
+        lo, hi = self.bounds()
+        if not self.escapes:
+            return lo, hi, torch.zeros_like(lo)
+        assert self.range is not None
+        near_lo, near_hi = self.range[2], self.range[3]
+        width = near_hi.clamp_min(0) - near_lo.clamp_max(0)
+        below, above = near_lo - lo, hi - near_hi
+        sign = torch.where(below > above, -1.0, 1.0)
+        # one code is left for one side only; the other keeps its range
+        apart = (torch.maximum(below, above) > _APART * width) & (torch.minimum(below, above) < width)
+        end, near = torch.where(sign < 0, lo, hi), torch.where(sign < 0, near_lo, near_hi)
+        beyond = (rows - near[:, None]) * sign[:, None] > (end - near)[:, None].abs() / (1 + PULL)
+        count = beyond.sum(1)
+        far = torch.where(count > 0, (rows * beyond).sum(1) / count.clamp_min(1), end) * apart
+        return torch.where(far < 0, near_lo, lo), torch.where(far > 0, near_hi, hi), far
+
+
+#: A token is far out if its variance over the channels is so many times the median token's.
+_FAR_OUT = 16
+#: A channel has an escape if what such tokens hold lies so many times the others' range beyond it.
+_APART = 4
+
+
+def _far_out(tokens: Tensor) -> Tensor:
+    """(R,) which of the tokens (R, C) are far out."""
+    variance = tokens.var(-1, correction=0)
+    return variance > _FAR_OUT * variance.median()
+
+
 @OBSERVERS.register_module(name=['minmax', 'MinMaxObserver'])
-class MinMaxObserver(RangeObserver):
+class MinMaxObserver(EscapingObserver):
     """The smallest and the largest value ever seen."""
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The grid over the range: symmetric for signed types, affine for unsigned ones."""
+        if not self.escapes:
+            return super().qparams(x)
+        lo, hi, far = self.near(flatten_channels(x.detach().float(), self.axis))
+        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
+        pairs = [affine_qparams(lo, hi, *ends) for ends in ((qmin, qmax), (qmin + 1, qmax), (qmin, qmax - 1))]
+        which = (far < 0).long() + 2 * (far > 0).long()
+        scale, zero_point = (torch.stack(p).gather(0, which[None])[0] for p in zip(*pairs, strict=True))
+        self.far = torch.round(far / scale).to(torch.int32)
+        return scale, zero_point
 
 
 class _AveragedRange(RangeObserver):

@@ -106,6 +106,9 @@ def get_scheme(
     if operand.bit_type.bits < 8 and low:
         operand = dataclasses.replace(operand, quantizer='levels')
     norm_input = dataclasses.replace(act, observer='ptf', observer_options=(), axis=-1) if ptf else act
+    branch = act if arithmetic == 'reference' else dataclasses.replace(by_channel(act), quantizer='escape')
+    if ptf and arithmetic == 'strict':
+        norm_input = dataclasses.replace(norm_input, quantizer='escape')
     attn_type = BitType(known['attn_bits'], False)
     probs_quantizer = 'log2' if lis or attn_type.bits < 8 else 'uniform'
     if steps is None:
@@ -119,7 +122,7 @@ def get_scheme(
         act=act,
         operand=operand,
         hidden=_hidden(dataclasses.replace(act, bit_type=operand.bit_type), levels=low),
-        branch=act if arithmetic == 'reference' else by_channel(act),
+        branch=branch,
         norm_input=norm_input,
         probs=dataclasses.replace(act, bit_type=attn_type, quantizer=probs_quantizer),
         log_int_softmax=lis,

@@ -140,6 +140,11 @@ class UniformQuantizer(Quantizer):
         """From one code to the next, of the shape of ``scale``; the widest where a channel has several."""
         return self.scale
 
+    @property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest whole steps, of the shape of ``zero_point``."""
+        return self.spec.bit_type.qmin - self.zero_point, self.spec.bit_type.qmax - self.zero_point
+
     def quantize(self, x: Tensor) -> Tensor:
         """Integer codes of ``x``, in floating point."""
         scale, zero_point = self._aligned(x)

@@ -27,7 +27,8 @@ HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope=_SCOPE, locations=['fqvit_
 _MODULES = ['fqvit_plugin.layers', 'fqvit_plugin.integer.classifier']
 LAYERS = Registry('model', parent=MMENGINE_MODELS, scope=_SCOPE, locations=_MODULES)
 OBSERVERS = Registry('observer', scope=_SCOPE, locations=['fqvit_plugin.observers', 'fqvit_plugin.searching'])
-QUANTIZERS = Registry('quantizer', scope=_SCOPE, locations=['fqvit_plugin.quantizers', 'fqvit_plugin.codebook'])
+_QUANTIZERS = [f'fqvit_plugin.{name}' for name in ('quantizers', 'codebook', 'escape')]
+QUANTIZERS = Registry('quantizer', scope=_SCOPE, locations=_QUANTIZERS)
 _STEPS = [f'fqvit_plugin.steps.{name}' for name in ('equalize', 'rounding', 'tuning')]
 STEPS = Registry('step', scope=_SCOPE, locations=_STEPS)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .functional import EPS, Arithmetic, affine_qparams, flatten_channels
 from .grids import Grids
-from .observers import RangeObserver
+from .observers import EscapingObserver, RangeObserver
 from .registry import OBSERVERS
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class MseObserver(RangeObserver):
 
 
 @OBSERVERS.register_module(name=['ptf', 'PtfObserver'])
-class PtfObserver(RangeObserver):
+class PtfObserver(EscapingObserver):
     """Power-of-Two Factor: one scale for the tensor, times ``2**k`` per channel.
 
     ``scale_c = s * 2**k_c``, where ``k_c`` is the factor of least squared error on the last batch, the smallest one
@@ -140,26 +140,40 @@ class PtfObserver(RangeObserver):
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scales of shape (C,); zero points of the same, or the shared one of shape ()."""
-        lo, hi = self.bounds()
+        rows = flatten_channels(x.detach().float(), self.axis)
+        lo, hi, far = self.near(rows)
+        if bool(far.any()):  # what has a code of its own has no say in the rest of the grid
+            rows = torch.minimum(torch.maximum(rows, lo[:, None]), hi[:, None])
+        scale, zero_point = self._search(rows, lo, hi, far)
+        self.far = torch.round(far / scale).to(torch.int32)
+        return scale, zero_point
+
+    def _search(self, rows: Tensor, lo: Tensor, hi: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
+        """Scales and zero points of channels (C, S) of ranges (C,), of which some have an escape."""
         ends = (lo.min(), hi.max()) if self.shared_zero_point else (lo, hi)
         qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
         covering, zero_point = affine_qparams(*ends, qmin, qmax, self.arithmetic)
         base = covering.max() / 2 ** (self.factors - 1)
+        # steps of the finest scale keep the 16 bits that LayerNorm's sums are made for
+        base = base * torch.exp2(torch.log2(far.abs().max() / (base * _STEPS)).ceil().clamp_min(0))
         scales = torch.stack([base * 2**k for k in range(self.factors)])[:, None]  # (K, 1)
         shared = self.shared_zero_point
-        zero_points = zero_point.expand_as(scales) if shared else self._zero_points(scales, lo, hi)
+        zero_points = zero_point.expand_as(scales) if shared else self._zero_points(scales, lo, hi, far)
         grids = Grids(scales, zero_points, self.bit_type, self.arithmetic)
-        rows = flatten_channels(x.detach().float(), self.axis)
         best = grids.errors(rows, grids.workspace(rows)).argmin(dim=0)  # (C,)
         return base * torch.exp2(best), zero_point if shared else zero_points.gather(0, best[None])[0]
 
-    def _zero_points(self, scales: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
-        """(K, C) int32, of ranges ``lo`` to ``hi`` (C,) on grids of (K, 1) ``scales``."""
-        qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
+    def _zero_points(self, scales: Tensor, lo: Tensor, hi: Tensor, far: Tensor) -> Tensor:
+        """(K, C) int32, of ranges ``lo`` to ``hi`` (C,) on grids of (K, 1) ``scales``, an escape's code left out."""
+        low, high = self.bit_type.qmin + (far < 0).float(), self.bit_type.qmax - (far > 0).float()
         lo, hi = lo.clamp_max(0), hi.clamp_min(0)  # zero stays on the grid
-        fitting = (scales * (qmax - qmin) / (hi - lo).clamp_min(EPS)).clamp_max(1)  # (K, C)
-        zero_points = qmin - torch.round(lo * fitting / scales)
-        return zero_points.clamp(qmin, qmax).to(torch.int32)
+        fitting = (scales * (high - low) / (hi - lo).clamp_min(EPS)).clamp_max(1)  # (K, C)
+        zero_points = low - torch.round(lo * fitting / scales)
+        return torch.minimum(torch.maximum(zero_points, low), high).to(torch.int32)
+
+
+#: Of the finest scale, to what is far out.
+_STEPS = 2**15 - 1
 
 
 @OBSERVERS.register_module(name=['split', 'SplitObserver'])

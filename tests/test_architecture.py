@@ -29,6 +29,7 @@ ORDER = [
     'quantizers',
     'weight_quantizer',
     'codebook',
+    'escape',
     'intmath',
     'dyadic',
     'fused',

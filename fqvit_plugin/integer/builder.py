@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..codebook import LevelsQuantizer
 from ..dyadic import add_rule, affine_rule, mean_rule
+from ..escape import far_of
 from ..intmath import LARGEST_EXPONENT, input_range, layernorm_constants, log_int_softmax_codes
 from ..layers import QAct, QActOf, QIntLayerNorm
 from ..quantizers import UniformQuantizer
@@ -28,12 +29,20 @@ PTF_LARGEST = 128
 
 @dataclass(frozen=True)
 class Codes:
-    """A tensor of stored codes: ``x = (stored - zero) * scale``, both () or (C,) in float64 and int64."""
+    """A tensor of stored codes: ``x = (stored - zero) * scale``, both () or (C,) in float64 and int64.
+
+    ``far``: (C,) int64 steps of channels with an escape (:mod:`fqvit_plugin.escape`), 0 for others; None for none.
+    """
 
     name: str
     scale: Tensor
     zero: Tensor
     bits: int
+    far: Tensor | None = None
+
+    def far_as(self, keyword: str) -> dict[str, Tensor]:
+        """``far`` as a constant of a kernel; none where it is None."""
+        return {} if self.far is None else {keyword: self.far.to(torch.int32)}
 
     @property
     def single(self) -> tuple[float, int]:
@@ -65,7 +74,11 @@ def grid_of(act: QAct, name: str) -> Codes:
     if bit_type.bits > 8:
         raise ValueError(f'{name} has {bit_type.bits} bits; the integer model computes with at most 8')
     middle = bit_type.qmin + 2 ** (bit_type.bits - 1)
-    return Codes(name, quantizer.scale.double().cpu(), quantizer.zero_point.long().cpu() - middle, bit_type.bits)
+    far = far_of(quantizer)
+    if far is not None and bit_type.bits != 8:
+        raise ValueError(f'{name} has channels with an escape and {bit_type.bits} bits; the integer model wants 8')
+    scale, zero = quantizer.scale.double().cpu(), quantizer.zero_point.long().cpu() - middle
+    return Codes(name, scale, zero, bit_type.bits, None if far is None else far.long().cpu())
 
 
 class Builder:
@@ -109,13 +122,14 @@ class Builder:
         return output
 
     def _codes(self, codes: Codes) -> Codes:
-        scale, zero = codes.scale.reshape(-1).tolist(), codes.zero.reshape(-1).tolist()
-        self._grids[codes.name] = Grid(tuple(scale), tuple(zero), codes.bits)
+        parts = (codes.scale, codes.zero, torch.zeros(0) if codes.far is None else codes.far)
+        scale, zero, far = (tuple(t.reshape(-1).tolist()) for t in parts)
+        self._grids[codes.name] = Grid(scale, zero, codes.bits, far)
         return codes
 
     def same_grid(self, name: str, codes: Codes) -> Codes:
         """``codes`` under another name: after a change of layout."""
-        return self._codes(Codes(name, codes.scale, codes.zero, codes.bits))
+        return self._codes(replace(codes, name=name))
 
     def grid(self, act: QAct) -> Codes:
         """The grid of ``act``, under its own name."""
@@ -123,8 +137,9 @@ class Builder:
 
     def merged(self, name: str, codes: Codes, repeat: int) -> Codes:
         """``codes`` after ``repeat`` positions were put side by side, channel by channel."""
-        scale, zero = (t.repeat_interleave(repeat) if t.ndim else t for t in (codes.scale, codes.zero))
-        return self._codes(Codes(name, scale, zero, codes.bits))
+        fields = {n: getattr(codes, n) for n in ('scale', 'zero', 'far')}
+        merged = {n: t.repeat_interleave(repeat) for n, t in fields.items() if t is not None and t.ndim}
+        return self._codes(replace(codes, name=name, **merged))
 
     def layout(self, kind: str, codes: Codes, name: str, **settings: Any) -> Codes:
         """A change of layout, which leaves the codes as they are."""
@@ -167,6 +182,7 @@ class Builder:
             'gain': rule.gain.to(torch.int32),
             'offset': (rule.offset / 2.0**offset_shift).to(torch.int32),
             'zero': out.zero.to(torch.int32),
+            **out.far_as('far'),
         }
         self.emit(
             'affine', [x.name], out.name, constants, shift=int(rule.shift), offset_shift=offset_shift, bits=out.bits
@@ -183,6 +199,9 @@ class Builder:
             'zero_a': a.zero.to(torch.int32),
             'zero_b': b.zero.to(torch.int32),
             'zero': out.zero.to(torch.int32),
+            **a.far_as('far_a'),
+            **b.far_as('far_b'),
+            **out.far_as('far'),
         }
         shift = int(rule.shift)
         self.emit('add', [a.name, b.name], out.name, constants, shift=shift, bits=out.bits)
@@ -283,7 +302,10 @@ class Builder:
             )
         # the same float32 scales and the same functions as the simulation, hence the same integers
         limit = 2 ** (x.bits - 1)
-        in_range = input_range(x.scale.float(), -limit - x.zero, limit - 1 - x.zero)
+        ends = -limit - x.zero, limit - 1 - x.zero
+        if x.far is not None:
+            ends = torch.minimum(ends[0], x.far), torch.maximum(ends[1], x.far)
+        in_range = input_range(x.scale.float(), *ends)
         layer = layernorm_constants(
             channels, x.scale.float(), in_range, out.scale.float(), weight.float(), bias.float(), norm.eps
         )
@@ -294,6 +316,7 @@ class Builder:
             'offset': layer.offset.to(torch.int64),
             'shifts': layer.shift.to(torch.uint8),
             'out_zero': out.zero.to(torch.int32),
+            **x.far_as('far'),
         }
         settings = dict(guard=int(layer.guard), root_bits=int(layer.root_bits), bits=out.bits)
         self.emit('layernorm', [x.name], out.name, constants, **settings)

@@ -26,7 +26,7 @@ from .program import Grid, IntegerModel, Op, Program
 __all__ = ['FORMAT', 'VERSION', 'load_integer', 'save_integer']
 
 FORMAT = 'fqvit_plugin.integer'
-VERSION = 3
+VERSION = 4
 
 #: Argument of the ``linear`` kernel: what its constants' names end in, and what is stored under its own name.
 _WEIGHT = ':weight'
@@ -144,7 +144,7 @@ def _program(tensors: dict[str, Tensor]) -> Program:
     ops = tuple(Op(**{**op, 'inputs': tuple(op['inputs'])}) for op in stored['ops'])
     names = dict.fromkeys(name for op in ops for name in op.constants.values())
     grids = {
-        name: Grid(tuple(grid['scale']), tuple(grid['zero']), grid['bits']) for name, grid in stored['grids'].items()
+        name: Grid(tuple(grid['scale']), tuple(grid['zero']), grid['bits'], tuple(grid['far'])) for name, grid in stored['grids'].items()
     }
     height, width = stored['image_size']
     return Program(ops, {name: constants[name] for name in names}, stored['output'], grids, (height, width), groups)

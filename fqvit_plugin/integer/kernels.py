@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..dyadic import MEAN_BITS, RECIPROCAL_BITS
+from ..escape import escaped_steps, limits
 
 __all__ = ['KERNELS', 'cpu_support', 'int8_matmul', 'integer_sqrt']
 
@@ -70,10 +71,20 @@ def cpu_support() -> str:
         return 'none'
 
 
-def _store(x: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Saturate steps to stored codes of ``bits`` bits."""
+def _store(x: Tensor, zero: Tensor, bits: int, far: Tensor | None = None) -> Tensor:
+    """Saturate steps to stored codes of ``bits`` bits; the end code for what is nearer to ``far``, see ``_steps``."""
     limit = 2 ** (bits - 1)
+    if far is not None:
+        x = escaped_steps(x, *limits(-limit - zero, limit - 1 - zero, far), far)
     return (x + zero).clamp_(-limit, limit - 1).to(torch.int8 if bits <= 8 else torch.int16)
+
+
+def _steps(x: Tensor, zero: Tensor, far: Tensor | None) -> Tensor:
+    """Steps of stored codes of 8 bits, int32: ``x - zero``, or ``far`` where the code is the end that ``far`` took."""
+    steps = x.int() - zero
+    if far is None:
+        return steps
+    return torch.where((far != 0) & (x == torch.where(far < 0, -128, 127)), far, steps)
 
 
 # ------------------------------------------------------------------------------------------------ products
@@ -159,7 +170,15 @@ def _as(value: int, like: Tensor) -> Tensor:
 
 @_kernel
 def affine(
-    x: Tensor, *, gain: Tensor, offset: Tensor, shift: int, offset_shift: int, zero: Tensor, bits: int
+    x: Tensor,
+    *,
+    gain: Tensor,
+    offset: Tensor,
+    shift: int,
+    offset_shift: int,
+    zero: Tensor,
+    bits: int,
+    far: Tensor | None = None,
 ) -> Tensor:
     """``(x gain + offset 2**offset_shift) / 2**shift``, halves rounded up, as codes: accumulators to a new grid.
 
@@ -171,7 +190,7 @@ def affine(
     """
     y = x.long() * gain
     y += (offset.long() << offset_shift) + (1 << (shift - 1))
-    return _store(y >> shift, zero, bits)
+    return _store(y >> shift, zero, bits, far)
 
 
 @_kernel
@@ -186,11 +205,17 @@ def add(
     shift: int,
     zero: Tensor,
     bits: int,
+    far_a: Tensor | None = None,
+    far_b: Tensor | None = None,
+    far: Tensor | None = None,
 ) -> Tensor:
-    """``((a - zero_a) gain_a + (b - zero_b) gain_b) / 2**shift``, halves rounded up: a residual sum on a new grid."""
-    # codes of 8 bits and gains of 30: 2**39
-    y = (a.long() - zero_a) * gain_a + (b.long() - zero_b) * gain_b
-    return _store((y + (1 << (shift - 1))) >> shift, zero, bits)
+    """``((a - zero_a) gain_a + (b - zero_b) gain_b) / 2**shift``, halves rounded up: a residual sum on a new grid.
+
+    ``far``: (C,) int32, steps that the lowest code of a channel stands for if negative, the highest if positive.
+    """
+    # codes of 8 bits and gains of 30: 2**39; what is far out has 16 bits
+    y = _steps(a, zero_a, far_a).long() * gain_a + _steps(b, zero_b, far_b).long() * gain_b
+    return _store((y + (1 << (shift - 1))) >> shift, zero, bits, far)
 
 
 @_kernel
@@ -223,6 +248,7 @@ def layernorm(
     root_bits: int,
     out_zero: Tensor,
     bits: int,
+    far: Tensor | None = None,
 ) -> Tensor:
     """LayerNorm of codes by integer sums, an integer root and dyadic multipliers; see ``intmath.int_layernorm``.
 
@@ -233,9 +259,10 @@ def layernorm(
         gain, offset, shifts: int32, int64, uint8 (C,): ``(x_hat gain + offset) / 2**shifts``.
         guard: epsilon in units of the squared finest step, times C squared.
         root_bits: fractional bits of the root.
+        far: of ``x``, as in :func:`add`.
     """
     channels = x.shape[-1]
-    u = (x.int() - zero) << factors.int()  # < 2**15, with factors up to 2**7
+    u = _steps(x, zero, far) << factors.int()  # < 2**15, with factors up to 2**7
     total = u.sum(-1, keepdim=True, dtype=torch.int64)  # < 2**27 for 4096 channels
     variance = channels * (u * u).sum(-1, keepdim=True, dtype=torch.int64) - total * total + guard  # < 2**54 + 2**50
     radicand = variance << 2 * root_bits if root_bits >= 0 else variance >> -2 * root_bits

@@ -19,11 +19,17 @@ __all__ = ['Grid', 'IntegerModel', 'Op', 'Program']
 
 @dataclass(frozen=True)
 class Grid:
-    """Where stored codes lie: ``x = (stored - zero) * scale``. Lists hold one entry for each channel."""
+    """Where stored codes lie: ``x = (stored - zero) * scale``. Lists hold one entry for each channel.
+
+    Args:
+        far: steps that the lowest code of a channel stands for if negative, the highest if positive, 0 for none; empty
+            where no channel has any.
+    """
 
     scale: tuple[float, ...]
     zero: tuple[int, ...]
     bits: int
+    far: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

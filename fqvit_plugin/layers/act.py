@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import is_compiling
+from ..escape import far_of
 from ..exact import Exact, reals
 from ..functional import align
-from ..fused import ToGrid, ToTable
+from ..fused import Finish, ToEscape, ToGrid, ToTable
 from ..intmath import by_slices
 from ..phase import Phase, QuantLayer
 from ..quantizers import UniformQuantizer, build_quantizer
@@ -57,8 +58,10 @@ class QAct(QuantLayer):
         uniform = isinstance(self.quantizer, UniformQuantizer) and spec.axis in (None, -1)
         return self.phase is Phase.QUANT and uniform and spec.arithmetic == 'strict' and spec.bit_type.bits <= 8
 
-    def to_grid(self, channels: int) -> ToGrid | ToTable:
+    def to_grid(self, channels: int) -> Finish:
         """What lays whole steps of (…, channels) on its grid, or on its levels."""
+        if (far := far_of(self.quantizer)) is not None:
+            return ToEscape.of(self._evenly(channels, self.scale), far)
         levels = getattr(self.quantizer, 'levels', None)
         if levels is None or not len(levels):
             return self._evenly(channels, self.scale)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import Arithmetic
-from ..fused import ToGrid, ToTable, layernorm
+from ..fused import Finish, layernorm
 from ..intmath import (
     LayerNormConstants,
     input_range,
@@ -93,19 +93,18 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
             return out_act.quantizer.from_steps_(steps)
 
         def in_range() -> Tensor:
-            kind = source.spec.bit_type
-            return input_range(source.scale, kind.qmin - source.zero_point, kind.qmax - source.zero_point)
+            return input_range(source.scale, *source.reach)
 
         if not (in_act.is_exact and out_act.is_exact):
             steps = int_layernorm(x, in_scale, in_range(), out_act.scale, weight, bias, self.eps)
             return out_act.quantizer.from_steps_(steps)
 
-        def constants() -> tuple[LayerNormConstants, ToGrid | ToTable]:
+        def constants() -> tuple[LayerNormConstants, Finish]:
             arguments = (in_scale, in_range(), out_act.scale, weight, bias, self.eps)
             return layernorm_constants(x.shape[-1], *arguments), out_act.to_grid(x.shape[-1])
 
         parameters = (p for p in (self.weight, self.bias) if p is not None)
         layer, finish = out_act.constants(
-            constants, x.shape[-1], source.scale, source.zero_point, *parameters, use='norm'
+            constants, x.shape[-1], *source.buffers(), *parameters, use='norm'
         )
         return layernorm(x.contiguous(), layer, finish)

@@ -1,0 +1,106 @@
+"""An escape: the outermost code of a channel that stands for a value far beyond the others.
+
+Large vision transformers keep a few tokens in which one channel of the residual stream is a hundred times as far out
+as in all others. A range that holds both has steps too coarse for the others; what those few tokens have there need
+hardly be exact, as LayerNorm divides it by itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .functional import PULL, align
+from .quantizers import UniformQuantizer
+from .registry import QUANTIZERS
+from .scheme import QuantSpec
+
+__all__ = ['EscapeQuantizer', 'escaped_steps', 'far_of', 'limits']
+
+
+def limits(low: Tensor | int, high: Tensor | int, far: Tensor) -> tuple[Tensor, Tensor]:
+    """The ends ``low`` and ``high`` of codes or steps without the one that ``far`` takes, below or above."""
+    return low + (far < 0).to(far.dtype), high - (far > 0).to(far.dtype)
+
+
+def escaped_steps(steps: Tensor, low: Tensor, high: Tensor, far: Tensor) -> Tensor:
+    """Whole steps to those of a code: ``far`` from an eighth of the way there on, else the nearest of the others.
+
+    Args:
+        steps: (…, C).
+        low, high: of the ordinary codes, see :func:`limits`.
+        far: (C,) whole steps; 0 where a channel has none.
+    """
+    ordinary = torch.minimum(torch.maximum(steps, low), high)
+    escapes = ((steps - far).abs() <= PULL * (steps - ordinary).abs()) & (far != 0)
+    return torch.where(escapes, far, ordinary)
+
+
+def far_of(quantizer: object) -> Tensor | None:
+    """``far`` of a quantizer, or None where no channel has an escape."""
+    if isinstance(quantizer, EscapeQuantizer) and quantizer.far.ndim and bool(quantizer.far.any()):
+        return quantizer.far
+    return None
+
+
+@QUANTIZERS.register_module(name=['escape', 'EscapeQuantizer'])
+class EscapeQuantizer(UniformQuantizer):
+    """A grid for each channel of the last axis, where some have an escape.
+
+    Which ones, the observer says (:class:`~fqvit_plugin.searching.PtfObserver`); one that says nothing gives none.
+
+    Buffers, besides those of the grid:
+        far: (C,) int32, whole steps that the lowest code stands for if negative, the highest if positive; 0: none.
+
+    Source: escape codes of entropy coding; Sun et al., Massive activations in large language models, COLM 2024, and
+    Darcet et al., Vision transformers need registers, ICLR 2024 (the tokens).
+    """
+
+    far: Tensor
+
+    def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
+        super().__init__(spec, channels)
+        self.register_buffer('far', torch.zeros(self.scale.shape, dtype=torch.int32))
+        self._ask()
+
+    def _ask(self) -> None:
+        if self.spec.axis == -1 and hasattr(self.observer, 'escapes'):
+            self.observer.escapes = True
+
+    def commit(self) -> None:
+        """Write what was taken into the buffers."""
+        far = getattr(self.observer, 'far', None)
+        super().commit()  # which forgets the observer
+        self.far.zero_() if far is None else self.far.copy_(far)
+
+    def reset(self) -> None:
+        """Start observing afresh."""
+        super().reset()
+        self._ask()
+
+    @property
+    def reach(self) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest whole steps of each channel."""
+        low, high = super().reach
+        return torch.minimum(low, self.far), torch.maximum(high, self.far)
+
+    def quantize(self, x: Tensor) -> Tensor:
+        """Integer codes of ``x``, in floating point."""
+        steps, kind = self.steps(x), self.spec.bit_type
+        _, zero_point = self._aligned(x)
+        return (steps + zero_point).clamp_(kind.qmin, kind.qmax)  # which makes the end code of what is far
+
+    def steps(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Whole steps from zero, in floating point."""
+        if far_of(self) is None:
+            return super().steps(x, inplace)
+        scale, _ = self._aligned(x)
+        return self.saturated_(torch.round(x.float() / scale))
+
+    def saturated_(self, x: Tensor) -> Tensor:
+        """Whole steps, those without a code replaced by the nearest that has one."""
+        if far_of(self) is None:
+            return super().saturated_(x)
+        far = align(self.far, x, self.spec.axis)
+        low, high = (align(end, x, self.spec.axis) for end in limits(*super().reach, self.far))
+        return escaped_steps(x, low.to(x), high.to(x), far.to(x))
