@@ -43,6 +43,34 @@ def _byte_limits(bits: int) -> tuple[int, int]:
     return 128 - 2 ** (bits - 1), 127 + 2 ** (bits - 1)
 
 
+def _escapes(columns: int, tensors: dict[str, tuple[Tensor | None, Tensor]]) -> dict[str, dict[str, Any]]:
+    """The fields of Escapes, one for each of ``tensors``, for all channels in which one of them has an escape.
+
+    Args:
+        columns: C.
+        tensors: field -> ``far`` of the kernel, and what the end codes of its channels stand for; () or (C,).
+    """
+    none = torch.zeros(columns, dtype=torch.int32)
+    fars = {name: none if far is None else far for name, (far, _) in tensors.items()}
+    channels = torch.stack(list(fars.values())).any(0).nonzero()[:, 0]
+    if not len(channels):
+        return {}
+    return {
+        name: dict(
+            count=len(channels),
+            channel=channels.int(),
+            end=torch.where(far > 0, 255, torch.where(far < 0, 0, -1))[channels].int(),
+            value=tensors[name][1].expand(columns)[channels].int(),
+        )
+        for name, far in fars.items()
+    }
+
+
+def _bytes(far: Tensor | None, zero: Tensor) -> tuple[Tensor | None, Tensor]:
+    """``far``, and as bytes."""
+    return far, zero + 128 if far is None else far + zero + 128
+
+
 def sum_bound(weight: Tensor, zero: int) -> Tensor:
     """(O,) the largest magnitude of ``(x - zero) @ weight.T`` over all codes of 8 bits, float64."""
     positive, negative = weight.clamp(min=0).double().sum(1), weight.clamp(max=0).double().sum(1)
@@ -84,6 +112,7 @@ def requant(
         low=low,
         high=high,
         wide=int(float(largest.max()) * 2.0**-shift >= _WIDE),
+        **_escapes(columns, {'far': _bytes(constants.get('far'), zero)}),
     )
 
 
@@ -108,11 +137,15 @@ def sum_fields(
     zeros = [constants[f'zero_{name}'].double() + 128 for name in 'ab']
     whole = 2.0 ** (shift - 1) + (constants['zero'].double() + 128) * 2.0**shift
     whole = whole - gains[0] * zeros[0] - gains[1] * zeros[1]
-    largest = whole.abs() + 256 * (gains[0].abs() + gains[1].abs())
+    fars = [_bytes(constants.get(f'far_{name}'), constants[f'zero_{name}']) for name in 'ab']
+    reach = [value.abs().clamp(min=256) if far is not None else 256 for far, value in fars]
+    largest = whole.abs() + reach[0] * gains[0].abs() + reach[1] * gains[1].abs()
     if float(largest.max()) >= _EXACT or float(largest.max()) * 2.0**-shift >= _WIDE:
         return None
     if swap:
         gains.reverse()
+        fars.reverse()
+    tensors = {'far_a': fars[0], 'far_b': fars[1], 'far': _bytes(constants.get('far'), constants['zero'])}
     low, high = _byte_limits(bits)
     return dict(
         gain_a=padded(gains[0] * 2.0**-shift, columns),
@@ -120,6 +153,7 @@ def sum_fields(
         offset=padded(whole * 2.0**-shift, columns),
         low=low,
         high=high,
+        **_escapes(columns, tensors),
     )
 
 
@@ -135,7 +169,11 @@ def norm_fields(
     center = (constants['zero'].int() + 128) * factor
     largest = float(torch.maximum((255 * factor - center).abs(), center.abs()).max())
     lowest_byte, highest_byte = _byte_limits(bits)
-    difference = float((highest_byte * factor - center).max() - (lowest_byte * factor - center).min())
+    far = constants.get('far')
+    values = center * 0 if far is None else far * factor
+    largest = max(largest, float(values.abs().max()))
+    highest = torch.maximum(highest_byte * factor - center, values)
+    difference = float(highest.max() - torch.minimum(lowest_byte * factor - center, values).min())
     gain, shifts = constants['gain'].double(), constants['shifts'].long()
     offset = constants['offset'].long() + (1 << (shifts - 1))
     x_hat = 2.0**17 * channels**0.5  # |x_hat| <= sqrt(C) 2**16, and a little for the floored root
@@ -164,6 +202,7 @@ def norm_fields(
         low=low,
         high=high,
         wide=int(largest >= _NARROW),
+        **_escapes(channels, {'far': (far, values)}),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,9 @@ def _struct(name: str, **fields: Any) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {'_fields_': flat})
 
 
-_Requant = _struct('Requant', **{'gain offset zero table': _P, 'low high wide': _N})
-_Sum = _struct('Sum', **{'gain_a gain_b offset': _P, 'low high': _N})
+_Escapes = _struct('Escapes', **{'count': _N, 'channel end value': _P})
+_Requant = _struct('Requant', **{'gain offset zero table': _P, 'low high wide': _N, 'far': _Escapes})
+_Sum = _struct('Sum', **{'gain_a gain_b offset': _P, 'low high': _N, 'far_a far_b far': _Escapes})
 _Gemm = _struct(
     'Gemm',
     **{'x y residual rows columns depth out_rows': _N, 'map weight start': _P, 'requant': _Requant, 'sum': _Sum},
@@ -48,6 +49,7 @@ _Norm = _struct(
         'x y rows in_rows channels pieces': _N,
         'map factor center gain offset zero whole_gain whole_offset shifts': _P,
         'guard root_bits low high fill wide': _N,
+        'far': _Escapes,
     },
 )
 _Gather = _struct('Gather', **{'x y in_size runs run': _N, 'index': _P, 'fill': _N})
@@ -141,5 +143,12 @@ def _plain(struct: ctypes.Structure, name: str, value: Any) -> Any:
 
 def constants_of(step: NativeStep) -> list[Tensor]:
     """The tensors that the struct points to."""
-    values = [*step.fields.values(), *(e for v in step.fields.values() if isinstance(v, Mapping) for e in v.values())]
-    return [v for v in values if isinstance(v, torch.Tensor)]
+    return list(_tensors(step.fields))
+
+
+def _tensors(fields: Mapping[str, Any]) -> Iterator[Tensor]:
+    for value in fields.values():
+        if isinstance(value, Mapping):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield value

@@ -15,6 +15,15 @@ namespace fq {
 
 // A place in the arena is an offset for one image; image b of a batch of B stands at (offset * B + b * size).
 
+// Channels with an escape: the byte `end` stands for `value`, a byte too but for its size; -1: no byte does. They are few,
+// so they are done again, one by one, after the vectors.
+struct Escapes {
+  int64_t count;
+  const int32_t* channel;  // [count], ascending
+  const int32_t* end;      // [count]
+  const int32_t* value;    // [count]
+};
+
 // 32-bit sums to codes: floor(sum * gain + offset) + zero, clamped, then through a table if there is one.
 struct Requant {
   const double* gain;    // [columns]
@@ -23,6 +32,7 @@ struct Requant {
   const uint8_t* table;  // or null; three more bytes may be read behind it
   int64_t low, high;
   int64_t wide;  // whether floor(...) may pass 32 bits
+  Escapes far;
 };
 
 // A residual sum of bytes: floor(a * gain_a + b * gain_b + offset), clamped.
@@ -31,6 +41,7 @@ struct Sum {
   const double* gain_b;
   const double* offset;
   int64_t low, high;
+  Escapes far_a, far_b, far;  // of the same channels
 };
 
 // y = requant(x W^T), and a residual sum with what stands at y's place in `residual`.
@@ -80,6 +91,7 @@ struct Norm {
   const uint8_t* shifts;
   int64_t guard, root_bits, low, high, fill;
   int64_t wide;  // whether |u| may pass 5700, so that 64 squares do not fit 32 bits
+  Escapes far;   // values are u
 };
 
 // Runs of bytes from elsewhere: y[i * run ...] = x[index[i] ...], or `fill` where the index is -1.

@@ -73,6 +73,10 @@ static void run(const Add& g, Job& job) {
           store_bytes(y + r * g.columns + c, codes, n);
         }
       }
+      for (int64_t i = 0; i < g.sum.far.count; ++i) {
+        const int64_t c = g.sum.far.channel[i];
+        y[r * g.columns + c] = static_cast<uint8_t>(sum_of(p[c], q[c], g.sum, i));
+      }
     }
   });
 }

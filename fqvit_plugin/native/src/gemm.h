@@ -126,11 +126,48 @@ FQ_INLINE vint sum_codes(vint a, vint b, const Sum& to, int64_t column, vint low
   return clamp(floor_to_int(y), low, high);
 }
 
+// As PULL of functional.py.
+constexpr int64_t PULL = 7;
+
+// The byte of a whole number by the rule of escape.py, and the number of a byte.
+static inline int64_t escaped(int64_t y, const Escapes& far, int64_t i, int64_t low, int64_t high) {
+  const int64_t end = far.end[i], value = far.value[i];
+  if (end >= 0) (end < value ? high : low) += end < value ? -1 : 1;
+  const int64_t code = y < low ? low : (y > high ? high : y);
+  return end >= 0 && std::abs(y - value) <= PULL * std::abs(y - code) ? end : code;
+}
+
+static inline int64_t number_of(int64_t byte, const Escapes& far, int64_t i) {
+  return byte == far.end[i] ? far.value[i] : byte;
+}
+
+static inline int64_t sum_of(int64_t a, int64_t b, const Sum& to, int64_t i) {
+  const int64_t c = to.far.channel[i];
+  const double from_b = static_cast<double>(number_of(b, to.far_b, i)) * to.gain_b[c] + to.offset[c];
+  const double y = static_cast<double>(number_of(a, to.far_a, i)) * to.gain_a[c] + from_b;
+  return escaped(static_cast<int64_t>(std::floor(y)), to.far, i, to.low, to.high);
+}
+
+// Sums of the channels column.. with an escape, once more.
+template <bool ADD>
+static void finish_escapes(const int32_t* sums, const Gemm& g, int64_t column, int64_t columns, uint8_t* y,
+                           const uint8_t* residual) {
+  const Escapes& far = ADD ? g.sum.far_a : g.requant.far;
+  for (int64_t i = 0; i < far.count; ++i) {
+    const int64_t c = far.channel[i];
+    if (c < column || c >= column + columns) continue;
+    const double whole = std::floor(sums[c - column] * g.requant.gain[c] + g.requant.offset[c]);
+    const int64_t code = escaped(static_cast<int64_t>(whole) + g.requant.zero[c], far, i, g.requant.low, g.requant.high);
+    y[c] = static_cast<uint8_t>(ADD ? sum_of(code, residual[c], g.sum, i) : code);
+  }
+}
+
 // TABLE: a look-up follows, ADD: a residual sum does; never both.
 template <bool TABLE, bool ADD>
 static void finish(const int32_t* sums, const Gemm& g, int64_t column, int vectors, uint8_t* y, const uint8_t* residual) {
   vint low = spread(static_cast<int32_t>(g.requant.low)), high = spread(static_cast<int32_t>(g.requant.high));
   vint sum_low = spread(static_cast<int32_t>(g.sum.low)), sum_high = spread(static_cast<int32_t>(g.sum.high));
+  const int64_t first = column;
   for (int v = 0; v < vectors; ++v, column += LANES) {
     int64_t rest = g.columns - column;
     vint codes = requantize(load(sums + v * LANES), g.requant, column, low, high);
@@ -144,6 +181,7 @@ static void finish(const int32_t* sums, const Gemm& g, int64_t column, int vecto
       store_bytes(y + column, codes, n);
     }
   }
+  if (!TABLE) finish_escapes<ADD>(sums, g, first, column - first, y, residual);
 }
 
 // ---------------------------------------------------------------- the step

@@ -41,6 +41,14 @@ static inline void add_moments(const Norm& g, const uint8_t* x, int64_t from, in
     m.sum += u[c];
     m.squares += static_cast<int64_t>(u[c]) * u[c];
   }
+  for (int64_t i = 0; i < g.far.count; ++i) {
+    c = g.far.channel[i];
+    if (c < from || c >= to || x[c] != g.far.end[i]) continue;
+    const int64_t was = u[c], is = g.far.value[i];
+    m.sum += is - was;
+    m.squares += is * is - was * was;
+    u[c] = static_cast<int32_t>(is);
+  }
 }
 
 FQ_INLINE int64_t floor_sqrt(int64_t x) {
