@@ -33,9 +33,9 @@ __all__ = [
 
 _KEY = 'fqvit'
 #: Buffers of quantizers that are empty until a step or a search fills them.
-_ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels', '.factors')
+_ANY_LENGTH = ('.codes', '.bias', '.copies', '.shifts', '.levels', '.factors', '.far')
 #: 1: schemes without `branch`, one zero point for a residual stream; 2: without `operand` and copies; 3: one scale of
-#: an embedding for all channels; 4: weights without factors
+#: an embedding for all channels; 4: weights without factors; 5: streams without escapes
 _FORMAT = 6
 
 

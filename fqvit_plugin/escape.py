@@ -32,15 +32,14 @@ def escaped_steps(steps: Tensor, low: Tensor, high: Tensor, far: Tensor) -> Tens
         far: (C,) whole steps; 0 where a channel has none.
     """
     ordinary = torch.minimum(torch.maximum(steps, low), high)
-    escapes = ((steps - far).abs() <= PULL * (steps - ordinary).abs()) & (far != 0)
+    outside = torch.where(far < 0, steps < ordinary, steps > ordinary) & (far != 0)
+    escapes = outside & ((steps - far).abs() <= PULL * (steps - ordinary).abs())
     return torch.where(escapes, far, ordinary)
 
 
 def far_of(quantizer: object) -> Tensor | None:
     """``far`` of a quantizer, or None where no channel has an escape."""
-    if isinstance(quantizer, EscapeQuantizer) and quantizer.far.ndim and bool(quantizer.far.any()):
-        return quantizer.far
-    return None
+    return quantizer.far if isinstance(quantizer, EscapeQuantizer) and len(quantizer.far) else None
 
 
 @QUANTIZERS.register_module(name=['escape', 'EscapeQuantizer'])
@@ -50,7 +49,8 @@ class EscapeQuantizer(UniformQuantizer):
     Which ones, the observer says (:class:`~fqvit_plugin.searching.PtfObserver`); one that says nothing gives none.
 
     Buffers, besides those of the grid:
-        far: (C,) int32, whole steps that the lowest code stands for if negative, the highest if positive; 0: none.
+        far: (C,) int32, whole steps that the lowest code of a channel stands for if negative, the highest one if
+            positive, 0 for none; (0,) where no channel has any.
 
     Source: escape codes of entropy coding; Sun et al., Massive activations in large language models, COLM 2024, and
     Darcet et al., Vision transformers need registers, ICLR 2024 (the tokens).
@@ -60,7 +60,7 @@ class EscapeQuantizer(UniformQuantizer):
 
     def __init__(self, spec: QuantSpec, channels: int | None = None) -> None:
         super().__init__(spec, channels)
-        self.register_buffer('far', torch.zeros(self.scale.shape, dtype=torch.int32))
+        self.register_buffer('far', torch.zeros(0, dtype=torch.int32))
         self._ask()
 
     def _ask(self) -> None:
@@ -71,18 +71,17 @@ class EscapeQuantizer(UniformQuantizer):
         """Write what was taken into the buffers."""
         far = getattr(self.observer, 'far', None)
         super().commit()  # which forgets the observer
-        self.far.zero_() if far is None else self.far.copy_(far)
+        self.far = torch.zeros_like(self.zero_point[:0]) if far is None or not bool(far.any()) else far
 
     def reset(self) -> None:
         """Start observing afresh."""
         super().reset()
         self._ask()
 
-    @property
-    def reach(self) -> tuple[Tensor, Tensor]:
+    def step_range(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest whole steps of each channel."""
-        low, high = super().reach
-        return torch.minimum(low, self.far), torch.maximum(high, self.far)
+        low, high = super().step_range()
+        return (torch.minimum(low, self.far), torch.maximum(high, self.far)) if len(self.far) else (low, high)
 
     def quantize(self, x: Tensor) -> Tensor:
         """Integer codes of ``x``, in floating point."""
@@ -102,5 +101,5 @@ class EscapeQuantizer(UniformQuantizer):
         if far_of(self) is None:
             return super().saturated_(x)
         far = align(self.far, x, self.spec.axis)
-        low, high = (align(end, x, self.spec.axis) for end in limits(*super().reach, self.far))
+        low, high = (align(end, x, self.spec.axis) for end in limits(*super().step_range(), self.far))
         return escaped_steps(x, low.to(x), high.to(x), far.to(x))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .functional import (
+    EPS,
     PULL,
     Arithmetic,
     affine_qparams,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .scheme import BitType
 
 __all__ = [
+    'FARTHEST',
     'EmaObserver',
     'EscapingObserver',
     'MinMaxObserver',
@@ -204,10 +206,14 @@ class EscapingObserver(RangeObserver):
         end, near = torch.where(sign < 0, lo, hi), torch.where(sign < 0, near_lo, near_hi)
         beyond = (rows - near[:, None]) * sign[:, None] > (end - near)[:, None].abs() / (1 + PULL)
         count = beyond.sum(1)
-        far = torch.where(count > 0, (rows * beyond).sum(1) / count.clamp_min(1), end) * apart
+        mean = torch.where(count > 0, (rows * beyond).sum(1) / count.clamp_min(1), end)
+        # well beyond the range, which is up to twice as wide on the grid that it gets
+        far = (near + sign * torch.maximum((mean - near).abs(), (end - near).abs() / 2)) * apart
         return torch.where(far < 0, near_lo, lo), torch.where(far > 0, near_hi, hi), far
 
 
+#: What is far out keeps 16 bits, in steps of its grid and, where LayerNorm reads it, of the finest one.
+FARTHEST = 2**15 - 1
 #: A token is far out if its variance over the channels is so many times the median token's.
 _FAR_OUT = 16
 #: A channel has an escape if what such tokens hold lies so many times the others' range beyond it.
@@ -230,6 +236,9 @@ class MinMaxObserver(EscapingObserver):
             return super().qparams(x)
         lo, hi, far = self.near(flatten_channels(x.detach().float(), self.axis))
         qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
+        least = far.abs() / FARTHEST * (qmax - qmin)
+        wider = (least / (hi.clamp_min(0) - lo.clamp_max(0)).clamp_min(EPS)).clamp_min(1)
+        lo, hi = lo * wider, hi * wider
         pairs = [affine_qparams(lo, hi, *ends) for ends in ((qmin, qmax), (qmin + 1, qmax), (qmin, qmax - 1))]
         which = (far < 0).long() + 2 * (far > 0).long()
         scale, zero_point = (torch.stack(p).gather(0, which[None])[0] for p in zip(*pairs, strict=True))

@@ -106,9 +106,6 @@ def get_scheme(
     if operand.bit_type.bits < 8 and low:
         operand = dataclasses.replace(operand, quantizer='levels')
     norm_input = dataclasses.replace(act, observer='ptf', observer_options=(), axis=-1) if ptf else act
-    branch = act if arithmetic == 'reference' else dataclasses.replace(by_channel(act), quantizer='escape')
-    if ptf and arithmetic == 'strict':
-        norm_input = dataclasses.replace(norm_input, quantizer='escape')
     attn_type = BitType(known['attn_bits'], False)
     probs_quantizer = 'log2' if lis or attn_type.bits < 8 else 'uniform'
     if steps is None:
@@ -122,8 +119,8 @@ def get_scheme(
         act=act,
         operand=operand,
         hidden=_hidden(dataclasses.replace(act, bit_type=operand.bit_type), levels=low),
-        branch=branch,
-        norm_input=norm_input,
+        branch=act if arithmetic == 'reference' else _escaping(by_channel(act)),
+        norm_input=norm_input if arithmetic == 'reference' else _escaping(norm_input),
         probs=dataclasses.replace(act, bit_type=attn_type, quantizer=probs_quantizer),
         log_int_softmax=lis,
         # The reference keeps LayerNorm in float where it has no PTF; strict arithmetic never needs to.
@@ -141,6 +138,12 @@ def _hidden(act: QuantSpec, levels: bool) -> QuantSpec:
     if act.observer == 'minmax':
         return dataclasses.replace(act, quantizer='hidden', observer='split', observer_options=())
     return dataclasses.replace(act, quantizer='hidden') if act.bit_type.bits < 8 else act
+
+
+def _escaping(spec: QuantSpec) -> QuantSpec:
+    """``spec``, with escapes for channels where its observer finds some."""
+    can = spec.axis == -1 and hasattr(spec.build_observer(), 'escapes')
+    return dataclasses.replace(spec, quantizer='escape') if can else spec
 
 
 def _parse_steps(steps: Any) -> tuple[StepSpec, ...]:

@@ -140,8 +140,7 @@ class UniformQuantizer(Quantizer):
         """From one code to the next, of the shape of ``scale``; the widest where a channel has several."""
         return self.scale
 
-    @property
-    def reach(self) -> tuple[Tensor, Tensor]:
+    def step_range(self) -> tuple[Tensor, Tensor]:
         """The smallest and the largest whole steps, of the shape of ``zero_point``."""
         return self.spec.bit_type.qmin - self.zero_point, self.spec.bit_type.qmax - self.zero_point
 

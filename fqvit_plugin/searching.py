@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .functional import EPS, Arithmetic, affine_qparams, flatten_channels
 from .grids import Grids
-from .observers import EscapingObserver, RangeObserver
+from .observers import FARTHEST, EscapingObserver, RangeObserver
 from .registry import OBSERVERS
 
 if TYPE_CHECKING:
@@ -154,8 +154,7 @@ class PtfObserver(EscapingObserver):
         qmin, qmax = self.bit_type.qmin, self.bit_type.qmax
         covering, zero_point = affine_qparams(*ends, qmin, qmax, self.arithmetic)
         base = covering.max() / 2 ** (self.factors - 1)
-        # steps of the finest scale keep the 16 bits that LayerNorm's sums are made for
-        base = base * torch.exp2(torch.log2(far.abs().max() / (base * _STEPS)).ceil().clamp_min(0))
+        base = base * torch.exp2(torch.log2(far.abs().max() / (base * FARTHEST)).ceil().clamp_min(0))
         scales = torch.stack([base * 2**k for k in range(self.factors)])[:, None]  # (K, 1)
         shared = self.shared_zero_point
         zero_points = zero_point.expand_as(scales) if shared else self._zero_points(scales, lo, hi, far)
@@ -170,10 +169,6 @@ class PtfObserver(EscapingObserver):
         fitting = (scales * (high - low) / (hi - lo).clamp_min(EPS)).clamp_max(1)  # (K, C)
         zero_points = low - torch.round(lo * fitting / scales)
         return torch.minimum(torch.maximum(zero_points, low), high).to(torch.int32)
-
-
-#: Of the finest scale, to what is far out.
-_STEPS = 2**15 - 1
 
 
 @OBSERVERS.register_module(name=['split', 'SplitObserver'])

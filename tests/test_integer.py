@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fqvit_plugin.integer.checkpoint import load_integer, save_integer
+from fqvit_plugin.integer.checkpoint import VERSION, load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.integer.kernels import KERNELS, int8_matmul, integer_sqrt
 from fqvit_plugin.intmath import input_range, int_layernorm, layernorm_constants
@@ -332,7 +332,7 @@ def test_a_damaged_integer_checkpoint_is_named(tmp_path, part):
     save_integer(to_integer(calibrated(models.vit(), models.images(2))), path)
     tensors = load_file(path)
     damage(tensors, part)
-    save_file(tensors, path, {'format': 'fqvit_plugin.integer', 'version': '3'})
+    save_file(tensors, path, {'format': 'fqvit_plugin.integer', 'version': str(VERSION)})
     with pytest.raises(ValueError, match=r'int\.safetensors is a damaged integer checkpoint'):
         load_integer(path)
 

@@ -144,7 +144,8 @@ def _program(tensors: dict[str, Tensor]) -> Program:
     ops = tuple(Op(**{**op, 'inputs': tuple(op['inputs'])}) for op in stored['ops'])
     names = dict.fromkeys(name for op in ops for name in op.constants.values())
     grids = {
-        name: Grid(tuple(grid['scale']), tuple(grid['zero']), grid['bits'], tuple(grid['far'])) for name, grid in stored['grids'].items()
+        name: Grid(tuple(grid['scale']), tuple(grid['zero']), grid['bits'], tuple(grid['far']))
+        for name, grid in stored['grids'].items()
     }
     height, width = stored['image_size']
     return Program(ops, {name: constants[name] for name in names}, stored['output'], grids, (height, width), groups)

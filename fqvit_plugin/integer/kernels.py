@@ -80,7 +80,7 @@ def _store(x: Tensor, zero: Tensor, bits: int, far: Tensor | None = None) -> Ten
 
 
 def _steps(x: Tensor, zero: Tensor, far: Tensor | None) -> Tensor:
-    """Steps of stored codes of 8 bits, int32: ``x - zero``, or ``far`` where the code is the end that ``far`` took."""
+    """Steps of stored codes of 8 bits, int32: ``x - zero``, or ``far`` where the code is the end that it took."""
     steps = x.int() - zero
     if far is None:
         return steps

@@ -22,8 +22,8 @@ class Grid:
     """Where stored codes lie: ``x = (stored - zero) * scale``. Lists hold one entry for each channel.
 
     Args:
-        far: steps that the lowest code of a channel stands for if negative, the highest if positive, 0 for none; empty
-            where no channel has any.
+        far: steps that the lowest code of a channel stands for if negative, the highest if positive, 0 for none;
+            empty where no channel has any.
     """
 
     scale: tuple[float, ...]

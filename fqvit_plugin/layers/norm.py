@@ -93,7 +93,7 @@ class QIntLayerNorm(QuantLayer, nn.LayerNorm):
             return out_act.quantizer.from_steps_(steps)
 
         def in_range() -> Tensor:
-            return input_range(source.scale, *source.reach)
+            return input_range(source.scale, *source.step_range())
 
         if not (in_act.is_exact and out_act.is_exact):
             steps = int_layernorm(x, in_scale, in_range(), out_act.scale, weight, bias, self.eps)

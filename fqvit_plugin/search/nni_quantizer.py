@@ -212,15 +212,15 @@ class FQViTQuantizer(_Quantizer):
 
 def _entry(quantizer: UniformQuantizer, scheme: str) -> dict[str, Any]:
     kind, scale, zero_point = quantizer.spec.bit_type, quantizer.scale.cpu(), quantizer.zero_point.cpu()
-    widest = quantizer.widest_step.cpu()
+    widest, (low, high) = quantizer.widest_step.cpu(), quantizer.step_range()
     return {
         'scale': scale.clone(),
         'zero_point': zero_point.clone(),
         'quant_dtype': kind.name,
         'quant_scheme': scheme,
         'quant_bits': kind.bits,
-        'tracked_max': (kind.qmax - zero_point) * widest,
-        'tracked_min': (kind.qmin - zero_point) * widest,
+        'tracked_max': high.cpu() * widest,
+        'tracked_min': low.cpu() * widest,
         'buffers': {n: b.cpu().clone() for n, b in quantizer.named_buffers() if n not in ('scale', 'zero_point')},
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..escape import EscapeQuantizer, far_of
 from ..layers import QAct, QConv2d, QIntLayerNorm, QIntSoftmax, QLinear
 from ..lifecycle import dequant, phase_of, quant
 from ..phase import Phase, QuantLayer
@@ -141,8 +142,11 @@ def _on_grid(
     like: UniformQuantizer, kind: BitType, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> UniformQuantizer:
     spec = dataclasses.replace(like.spec, bit_type=kind)
-    twin = UniformQuantizer(spec, None if spec.axis is None else len(like.scale)).to(like.scale.device)
+    kind_of_twin = UniformQuantizer if far_of(like) is None else EscapeQuantizer
+    twin = kind_of_twin(spec, None if spec.axis is None else len(like.scale)).to(like.scale.device)
     twin.scale.copy_(scale)
+    if (far := far_of(like)) is not None:
+        twin.far = torch.round(far * (like.scale / scale)).to(torch.int32)
     twin.zero_point.copy_(zero_point.round().reshape(twin.zero_point.shape))
     twin.name = like.name
     return twin

@@ -134,7 +134,8 @@ static inline int64_t escaped(int64_t y, const Escapes& far, int64_t i, int64_t 
   const int64_t end = far.end[i], value = far.value[i];
   if (end >= 0) (end < value ? high : low) += end < value ? -1 : 1;
   const int64_t code = y < low ? low : (y > high ? high : y);
-  return end >= 0 && std::abs(y - value) <= PULL * std::abs(y - code) ? end : code;
+  const bool outside = end >= 0 && (end < value ? y > code : y < code);
+  return outside && std::abs(y - value) <= PULL * std::abs(y - code) ? end : code;
 }
 
 static inline int64_t number_of(int64_t byte, const Escapes& far, int64_t i) {
