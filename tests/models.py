@@ -54,6 +54,19 @@ def vit_with_outlier() -> nn.Module:
     return model
 
 
+def vit_with_escapes() -> nn.Module:
+    """A ViT with one token that holds channel 5 of the residual stream far out, and channel 9 of an MLP's branch."""
+    model: Any = vit()
+    with torch.no_grad():
+        model.backbone.pos_embed[:, 3, 5] += 300
+        (first, _, _), second, _ = model.backbone.layers[0].ffn.layers
+        model.backbone.layers[0].ln2.weight[5], model.backbone.layers[0].ln2.bias[5] = 1, 0
+        first.weight[0] = 0  # a hidden unit for this token alone
+        first.weight[0, 5], first.bias[0] = 1, -4
+        second.weight[9, 0] = -80
+    return model
+
+
 def swin_backbone(**options: Any) -> dict[str, Any]:
     """Config of a Swin backbone: 56 pixels, windows of 7, two stages of two blocks with 24 and 48 channels."""
     return dict(dict(type='SwinTransformer', arch=SWIN_ARCH, img_size=56, out_indices=(1,)), **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fqvit_plugin.gpu.packing import exponent_line, halves, pack_table, rescaling, unpack_table
+from fqvit_plugin.gpu.packing import exponent_line, halves, pack_escape, pack_table, rescaling, unpack_table
 
 
 @pytest.mark.parametrize('shift', [26, 31, 32, 40])
@@ -32,6 +32,13 @@ def test_halves_make_up_the_number():
     numbers = [0, -1, 2**31, -(2**31), 2**45 + 2**31 + 3, -(2**60) + 1]
     upper, lower = halves(torch.tensor(numbers)).tolist()
     assert [(u << 32) | (v & 0xFFFFFFFF) for u, v in zip(upper, lower, strict=True)] == numbers
+
+
+def test_an_escape_holds_its_end_and_what_it_stands_for():
+    packed = pack_escape(torch.tensor([-700, 0, 2**24, 3]), torch.tensor([-20, 5, 127, -9]))
+    assert [(p >> 2, p & 3) for p in packed.tolist()] == [(-720, 1), (5, 0), (2**24 + 127, 2), (-6, 2)]
+    with pytest.raises(ValueError, match='an escape of 16777217 steps: the kernels hold no more than 16777216'):
+        pack_escape(torch.tensor([-(2**24) - 1]), torch.tensor(0))
 
 
 def test_a_table_that_rises_and_falls_is_packed():

@@ -7,7 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ['ExponentLine', 'Rescaling', 'exponent_line', 'halves', 'pack_table', 'rescaling', 'unpack_table']
+__all__ = [
+    'ExponentLine',
+    'Rescaling',
+    'exponent_line',
+    'halves',
+    'pack_escape',
+    'pack_table',
+    'rescaling',
+    'unpack_table',
+]
 
 #: Bits of an index that tell apart the entries of a bin of a packed table.
 BIN = 6
@@ -42,6 +51,23 @@ def rescaling(gain: Tensor, offset: Tensor, shift: Tensor) -> Rescaling:
 def halves(numbers: Tensor) -> Tensor:
     """(2, …) int32: the upper and the lower halves of int64 numbers."""
     return torch.stack([numbers >> 32, ((numbers & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000]).to(torch.int32)
+
+
+def pack_escape(far: Tensor, zero: Tensor) -> Tensor:
+    """(C,) int32, ``4 (far + zero) + side``: what an end code stands for, as far from zero as codes lie, and the end.
+
+    Args:
+        far: (C,) whole steps, see :mod:`fqvit_plugin.escape`.
+        zero: () or (C,), of the codes. ``side`` is 0 where a channel has no escape, 1 for the lowest code, 2 for the
+            highest.
+
+    Raises:
+        ValueError: it is so far out that the kernels' int32 would not hold it.
+    """
+    far = far.long()
+    if int(far.abs().max()) > 2**24:
+        raise ValueError(f'an escape of {int(far.abs().max())} steps: the kernels hold no more than {2**24}')
+    return ((far + zero) * 4 + (far < 0) + 2 * (far > 0).long()).to(torch.int32)
 
 
 def pack_table(table: Tensor) -> Tensor | None:

@@ -128,7 +128,7 @@ class _Planner:
         if not before and self._moved_rows(b, channels)[0]:
             a, b = b, a
             before, base, source = self._moved_rows(a, channels)
-            swapped = {'gain_a': 'gain_b', 'gain_b': 'gain_a', 'zero_a': 'zero_b', 'zero_b': 'zero_a'}
+            swapped = {f'{k}_{x}': f'{k}_{y}' for k in ('gain', 'zero', 'far') for x, y in ('ab', 'ba')}
             numbers = {swapped.get(k, k): v for k, v in numbers.items()}
         behind, target = self._rows_behind(norm)
         ops = [*before, add, norm, *behind]

@@ -21,7 +21,7 @@ from .kernels.attention import attention_kernel
 from .kernels.gemm import linear_kernel
 from .kernels.image import patches_kernel
 from .kernels.rows import add_kernel, norm_kernel
-from .packing import BIN, exponent_line, halves, pack_table, rescaling
+from .packing import BIN, exponent_line, halves, pack_escape, pack_table, rescaling
 from .support import interpreted
 
 __all__ = ['Attention', 'FusedLinear', 'FusedNorm', 'ImagePatches', 'ResidualAdd', 'RowMap']
@@ -71,6 +71,7 @@ class FusedLinear(Step):
     gain: Tensor
     offset: Tensor
     table: Tensor
+    far: Tensor
 
     def __init__(
         self, inputs: tuple[str, ...], output: str, linear: Mapping[str, Any], affine: Mapping[str, Any],
@@ -97,12 +98,14 @@ class FusedLinear(Step):
             raise ValueError(f'{output}: its table of {len(table)} entries changes too often to be packed')
         # a kernel's argument has to be a tensor, also where it is not read
         held = torch.zeros(1) if table is None else table if packed is None else packed
-        self.hold(table=held.to(torch.int32))
+        far = affine.get('far')
+        escape = torch.zeros(1, dtype=torch.int32) if far is None else F.pad(pack_escape(far, zero), (0, beyond))
+        self.hold(table=held.to(torch.int32), far=escape)
         self.dtype = code_dtype(bits) if table is None else torch.int8
         self.shift = int(rule.shift)
         self.options = dict(
             ENTRIES=0 if table is None else len(self.table), BIN=0 if packed is None else BIN, WIDE=rule.wide,
-            LOW=low + first, HIGH=high + first,
+            FAR=far is not None, LOW=low + first, HIGH=high + first,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:
@@ -120,9 +123,9 @@ class FusedLinear(Step):
             return (triton.cdiv(rows, meta['BLOCK_M']) * triton.cdiv(self.features, meta['BLOCK_N']),)
 
         linear_kernel[grid](
-            _blocks_of(flat), _blocks_of(self.weight), _blocks_of(out), self.gain, self.offset, self.table, rows,
-            self.features, terms, self.shift, triton.next_power_of_2(rows), COUNT=terms if interpreted() else 0,
-            **self.options,
+            _blocks_of(flat), _blocks_of(self.weight), _blocks_of(out), self.gain, self.offset, self.table,
+            self.far, rows, self.features, terms, self.shift, triton.next_power_of_2(rows),
+            COUNT=terms if interpreted() else 0, **self.options,
         )  # fmt: skip
         return out.view(*x.shape[:-1], self.features)
 
@@ -182,12 +185,14 @@ class FusedNorm(Step):
             self.hold(gain_a=nothing, gain_b=nothing, add_offset=nothing)
         else:
             self.add_shift, add_bits, per_channel = _hold_sum(self, add, 'add_offset')
+        far, marks = _escapes(norm, add)
+        self.hold(far=far)
         self.source_size = 0 if source is None else source.size
         self.size = len(source.index) if source is not None else 1 if target is None else len(target)
         self.shape, self.bits, self.sum_dtype = shape, norm['bits'], code_dtype(add_bits)
         self.options = dict(
             ADD=0 if add is None else 1 + per_channel, SOURCE=0 if source is None else self.source.ndim,
-            TARGET=target is not None, WIDE=rule.wide, NARROW=_fit_squares(norm['factors']), CHANNELS=self.channels,
+            TARGET=target is not None, FAR=marks, WIDE=rule.wide, NARROW=_fit_squares(norm), CHANNELS=self.channels,
             **limits(add_bits, 'ADD_'), **limits(self.bits),
         )  # fmt: skip
 
@@ -205,16 +210,18 @@ class FusedNorm(Step):
         block_r, block_c, warps = _row_blocks(self.channels)
         norm_kernel[(triton.cdiv(rows, block_r),)](
             a, added, total, out, self.source, self.target, self.gain_a, self.gain_b, self.add_offset, self.zero,
-            self.gain, self.offset, self.shifts, rows, self.add_shift, self.size, self.source_size, *self.scalars,
-            BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps, **self.options,
+            self.gain, self.offset, self.shifts, self.far, rows, self.add_shift, self.size, self.source_size,
+            *self.scalars, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=warps, **self.options,
         )  # fmt: skip
         out = out.view(shape)
         return out if b is None else (total, out)
 
 
-def _fit_squares(factors: Tensor) -> bool:
-    """Whether the squares of a row fit 32 bits: those of up to 255 steps in each channel."""
-    return float((255.0 * 2.0 ** factors.double()).square().sum()) < 2**32
+def _fit_squares(norm: Mapping[str, Any]) -> bool:
+    """Whether the squares of a row fit 32 bits: those of up to 255 steps in each channel, or of what is far out."""
+    factors, far = norm['factors'].double(), norm.get('far')
+    steps = torch.full_like(factors, 255.0) if far is None else far.double().abs().clamp_min(255.0)
+    return float((steps * 2.0**factors).square().sum()) < 2**32
 
 
 def _row_blocks(channels: int) -> tuple[int, int, int]:
@@ -233,16 +240,34 @@ def _hold_sum(step: Step, add: Mapping[str, Any], offset_name: str) -> tuple[int
     return shift, add['bits'], gain_a.numel() > 1
 
 
+def _escapes(norm: Mapping[str, Any] | None, add: Mapping[str, Any] | None) -> tuple[Tensor, int]:
+    """(4, C) packed escapes of a sum's operands, of the sum and of what is normalized; and which of them there are.
+
+    They are 1, 2, 4 and 8 in the second result. Without any, the tensor is a small one, which is not read.
+    """
+    add, norm = add or {}, norm or {}
+    pairs = [(add, 'far_a', 'zero_a'), (add, 'far_b', 'zero_b'), (add, 'far', 'zero'), (norm, 'far', 'zero')]
+    packed = [pack_escape(c[far], c[zero]) if c.get(far) is not None else None for c, far, zero in pairs]
+    known = next((p for p in packed if p is not None), None)
+    if known is None:
+        return torch.zeros(1, dtype=torch.int32), 0
+    marks = sum(1 << i for i, p in enumerate(packed) if p is not None)
+    return torch.stack([torch.zeros_like(known) if p is None else p for p in packed]), marks
+
+
 class ResidualAdd(Step):
     """``add``: two tensors of codes to one; the second may repeat over the first one's leading dimensions."""
 
     gain_a: Tensor
     gain_b: Tensor
     offset: Tensor
+    far: Tensor
 
     def __init__(self, inputs: tuple[str, ...], output: str, add: Mapping[str, Any]) -> None:
         super().__init__(inputs, output)
         self.shift, self.bits, self.per_channel = _hold_sum(self, add, 'offset')
+        far, self.marks = _escapes(None, add)
+        self.hold(far=far)
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """Codes of the sum.
@@ -259,8 +284,9 @@ class ResidualAdd(Step):
         block_c = triton.next_power_of_2(min(channels, 1024))
         block_r = max(1, min(64, 2048 // block_c))
         add_kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
-            a, b, out, self.gain_a, self.gain_b, self.offset, rows, b_rows, self.shift,
-            PER_CHANNEL=self.per_channel, CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c, **limits(self.bits),
+            a, b, out, self.gain_a, self.gain_b, self.offset, self.far, rows, b_rows, self.shift,
+            PER_CHANNEL=self.per_channel, FAR=self.marks, CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c,
+            **limits(self.bits),
         )  # fmt: skip
         return out
 

@@ -53,13 +53,17 @@ def _quickly(kernel_call, quantiles):
 
 @triton.jit
 def _finish(
-    sums, top, left, out_desc, gain_ptr, offset_ptr, shift, table, ENTRIES: tl.constexpr, BIN: tl.constexpr,
-    WIDE: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    sums, top, left, out_desc, gain_ptr, offset_ptr, far_ptr, shift, table, ENTRIES: tl.constexpr,
+    BIN: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Codes of some columns' sums, stored."""
     columns = left + tl.arange(0, COLUMNS)
     gain, offset = tl.load(gain_ptr + columns)[None, :], tl.load(offset_ptr + columns)[None, :]
-    codes = requantize(sums, gain, offset, shift, LOW, HIGH, WIDE)
+    escape = 0
+    if FAR:
+        escape = tl.load(far_ptr + columns)[None, :]
+    codes = requantize(sums, gain, offset, shift, LOW, HIGH, WIDE, escape, FAR)
     if ENTRIES:
         codes = look_up(table, codes, BIN, ROWS, COLUMNS)
     out_desc.store([top, left], codes.to(out_desc.dtype))
@@ -72,7 +76,7 @@ def _halves(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.autotune(
-    configs=_CONFIGS, key=['bucket', 'N', 'K', 'ENTRIES'], do_bench=_quickly,
+    configs=_CONFIGS, key=['bucket', 'N', 'K', 'ENTRIES', 'FAR'], do_bench=_quickly,
     prune_configs_by={'early_config_prune': _sensible},
 )  # fmt: skip
 @triton.jit(do_not_specialize=['M', 'N', 'K', 'shift', 'bucket'])
@@ -83,6 +87,7 @@ def linear_kernel(
     gain_ptr,
     offset_ptr,
     table_ptr,
+    far_ptr,
     M,
     N,
     K,
@@ -92,6 +97,7 @@ def linear_kernel(
     ENTRIES: tl.constexpr,  # of the table; 0 without one
     BIN: tl.constexpr,
     WIDE: tl.constexpr,
+    FAR: tl.constexpr,  # whether there are escapes
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -102,6 +108,7 @@ def linear_kernel(
     """(M, K) int8 codes and (N, K) int8 weights to (M, N) codes.
 
     gain, offset: int32, int64, up to a whole block beyond N. The offset holds the bias, the zero points and the half.
+    far: int32, as far, escapes of :func:`fqvit_plugin.gpu.packing.pack_escape`.
     """
     # blocks of one strip of 8 rows follow each other: they share weights in the L2 cache
     pid = tl.program_id(0)
@@ -121,8 +128,8 @@ def linear_kernel(
     # by parts: the constants of all columns would not fit the registers
     if BLOCK_N == PART:
         _finish(
-            sums, top, left, out_desc, gain_ptr, offset_ptr, shift, table, ENTRIES, BIN, WIDE, LOW, HIGH, BLOCK_M,
-            PART,
+            sums, top, left, out_desc, gain_ptr, offset_ptr, far_ptr, shift, table, ENTRIES, BIN, WIDE, FAR, LOW,
+            HIGH, BLOCK_M, PART,
         )  # fmt: skip
     else:
         halves = _halves(sums, BLOCK_M, BLOCK_N)
@@ -130,13 +137,13 @@ def linear_kernel(
             at = left + i * (BLOCK_N // 2)
             if BLOCK_N == 2 * PART:
                 _finish(
-                    halves[i], top, at, out_desc, gain_ptr, offset_ptr, shift, table, ENTRIES, BIN, WIDE, LOW, HIGH,
-                    BLOCK_M, PART,
+                    halves[i], top, at, out_desc, gain_ptr, offset_ptr, far_ptr, shift, table, ENTRIES, BIN, WIDE,
+                    FAR, LOW, HIGH, BLOCK_M, PART,
                 )  # fmt: skip
             else:
                 quarters = _halves(halves[i], BLOCK_M, BLOCK_N // 2)
                 for j in tl.static_range(2):
                     _finish(
-                        quarters[j], top, at + j * PART, out_desc, gain_ptr, offset_ptr, shift, table, ENTRIES, BIN,
-                        WIDE, LOW, HIGH, BLOCK_M, PART,
+                        quarters[j], top, at + j * PART, out_desc, gain_ptr, offset_ptr, far_ptr, shift, table,
+                        ENTRIES, BIN, WIDE, FAR, LOW, HIGH, BLOCK_M, PART,
                     )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .rules import integer_quotient, integer_root, requantize, weighted_sum
+from .rules import decoded, integer_quotient, integer_root, requantize, weighted_sum
 
 __all__ = ['add_kernel', 'norm_kernel']
 
@@ -28,17 +28,27 @@ def _wide(ptr, channel, known, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _add(
-    a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL: tl.constexpr,
-    CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
+    a, b, gain_a_ptr, gain_b_ptr, offset_ptr, far_ptr, shift, channel, known, PER_CHANNEL: tl.constexpr,
+    FAR: tl.constexpr, CHANNELS: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr,
 ):  # fmt: skip
-    """Codes of a residual sum; the offset holds the zero points and the half."""
+    """Codes of a residual sum; the offset holds the zero points and the half.
+
+    FAR: which have an escape: 1 for a, 2 for b, 4 for the sum; rows of ``far_ptr``.
+    """
+    a, b, escape = a.to(tl.int32), b.to(tl.int32), 0
+    if FAR & 1:
+        a = decoded(a, _channels(far_ptr, channel, known))
+    if FAR & 2:
+        b = decoded(b, _channels(far_ptr + CHANNELS, channel, known))
+    if FAR & 4:
+        escape = _channels(far_ptr + 2 * CHANNELS, channel, known)
     if PER_CHANNEL:
         gain_a, gain_b = _channels(gain_a_ptr, channel, known), _channels(gain_b_ptr, channel, known)
         offset = _wide(offset_ptr, channel, known, CHANNELS)
     else:
         gain_a, gain_b = tl.load(gain_a_ptr), tl.load(gain_b_ptr)
         offset = _joined(tl.load(offset_ptr), tl.load(offset_ptr + 1))
-    return weighted_sum(a.to(tl.int32), b.to(tl.int32), gain_a, gain_b, offset, shift, LOW, HIGH)
+    return weighted_sum(a, b, gain_a, gain_b, offset, shift, LOW, HIGH, escape, FAR & 7)
 
 
 @triton.jit(do_not_specialize=['rows', 'b_rows', 'shift'])
@@ -49,10 +59,12 @@ def add_kernel(
     gain_a_ptr,
     gain_b_ptr,
     offset_ptr,
+    far_ptr,
     rows,
     b_rows,  # b repeats after so many
     shift,
     PER_CHANNEL: tl.constexpr,  # parameters are (CHANNELS,), else ()
+    FAR: tl.constexpr,  # which tensors have escapes, see _add
     CHANNELS: tl.constexpr,
     LOW: tl.constexpr,
     HIGH: tl.constexpr,
@@ -68,7 +80,10 @@ def add_kernel(
     at = row[:, None] * CHANNELS + channel[None, :]
     a = tl.load(a_ptr + at, mask=inside, other=0)
     b = tl.load(b_ptr + (row % b_rows)[:, None] * CHANNELS + channel[None, :], mask=inside, other=0)
-    codes = _add(a, b, gain_a_ptr, gain_b_ptr, offset_ptr, shift, channel, known, PER_CHANNEL, CHANNELS, LOW, HIGH)
+    codes = _add(
+        a, b, gain_a_ptr, gain_b_ptr, offset_ptr, far_ptr, shift, channel, known, PER_CHANNEL, FAR, CHANNELS, LOW,
+        HIGH,
+    )  # fmt: skip
     tl.store(out_ptr + at, codes.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -82,7 +97,7 @@ def _normalize(
     shifts = _channels(shifts_ptr, channel, known)
     # beyond the last channel there are zeros only
     u = (codes - _channels(zero_ptr, channel, known)) << (shifts & 15)
-    total = tl.sum(u, 1)  # |u| <= 2**15: below 2**27 for 4096 channels
+    total = tl.sum(u, 1)  # |u| <= 2**15, also far out: below 2**27 for 4096 channels
     if NARROW:
         squares = tl.sum((u * u).to(tl.uint32, bitcast=True), 1).to(tl.int64)
     else:
@@ -113,6 +128,7 @@ def norm_kernel(
     gain_ptr,
     offset_ptr,
     shifts_ptr,
+    far_ptr,
     rows,
     shift,
     size,  # rows of an image
@@ -124,6 +140,7 @@ def norm_kernel(
     ADD: tl.constexpr,  # 0: a alone is normalized; 1: a + b, with one gain each; 2: with a gain for each channel
     SOURCE: tl.constexpr,  # 0: a lies as it is; 1: its rows lie elsewhere; 2: its elements do
     TARGET: tl.constexpr,  # whether normalized rows go elsewhere
+    FAR: tl.constexpr,  # which tensors have escapes: 8 for what is normalized, others as for _add
     WIDE: tl.constexpr,
     NARROW: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -139,7 +156,8 @@ def norm_kernel(
     source: (size,) int32, row of an image of ``a`` -- (size, CHANNELS) with ``SOURCE`` 2, its element.
     target: (size,) int32, the row where a normalized row goes. zero: (CHANNELS,) int32, of what is normalized.
     gain, shifts: (CHANNELS,) int32; ``shifts`` is ``shift * 16 + factor``. offset: (2, CHANNELS) int32, the upper and
-    the lower halves of int64 numbers, which hold zero point and half; likewise that of the sum.
+    the lower halves of int64 numbers, which hold zero point and half; likewise that of the sum. far: (4, CHANNELS)
+    int32, the escapes of a, b, their sum and what is normalized; read where ``FAR`` says so.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     channel = tl.max_contiguous(tl.arange(0, BLOCK_C), 4)  # as above
@@ -159,10 +177,12 @@ def norm_kernel(
     if ADD:
         b = tl.load(b_ptr + at, mask=inside, other=0)
         codes = _add(
-            codes, b, gain_a_ptr, gain_b_ptr, add_offset_ptr, shift, channel, known, ADD == 2, CHANNELS,
+            codes, b, gain_a_ptr, gain_b_ptr, add_offset_ptr, far_ptr, shift, channel, known, ADD == 2, FAR, CHANNELS,
             ADD_LOW, ADD_HIGH,
         )  # fmt: skip
         tl.store(sum_ptr + at, codes.to(sum_ptr.dtype.element_ty), mask=inside)
+    if FAR & 8:
+        codes = decoded(codes, _channels(far_ptr + 3 * CHANNELS, channel, known))
     codes = _normalize(
         codes, channel, known, zero_ptr, gain_ptr, offset_ptr, shifts_ptr, guard, left, right, numerator, CHANNELS,
         LOW, HIGH, WIDE, NARROW,

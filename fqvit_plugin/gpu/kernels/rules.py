@@ -5,17 +5,50 @@ import os
 import triton
 import triton.language as tl
 
-__all__ = ['integer_quotient', 'integer_root', 'look_up', 'requantize', 'saturate', 'weighted_sum']
+from ...functional import PULL
+
+__all__ = ['decoded', 'integer_quotient', 'integer_root', 'look_up', 'requantize', 'saturate', 'weighted_sum']
 
 #: Whether instructions are named, which the interpreter cannot run. LLVM joins neighbouring 64-bit operations to
 #: vectors and no longer sees that their factors have 32 bits: each product then takes four instructions, not one.
 _ASSEMBLY = tl.constexpr(os.environ.get('TRITON_INTERPRET') != '1')
+_PULL = tl.constexpr(PULL)
+#: Where steps end that may escape: beyond every far value, and so near that int32 holds the distances.
+_FURTHEST = tl.constexpr(2**27)
 
 
 @triton.jit
 def saturate(steps, LOW: tl.constexpr, HIGH: tl.constexpr):
     """Stored codes of ``steps``, which hold the zero point, as int32."""
     return tl.minimum(tl.maximum(steps, LOW), HIGH).to(tl.int32)
+
+
+@triton.jit
+def decoded(codes, escape):
+    """int32 codes of 8 bits; where one is the end that an escape took, what that end stands for instead.
+
+    escape: of :func:`fqvit_plugin.gpu.packing.pack_escape`.
+    """
+    side = escape & 3
+    end = tl.where(side == 1, -128, tl.where(side == 2, 127, 128))
+    return tl.where(codes == end, escape >> 2, codes)
+
+
+@triton.jit
+def _escaped(steps, escape, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Stored codes of ``steps``, which hold the zero point, as int32: the end for what is nearer to a far value."""
+    steps = saturate(steps, -_FURTHEST, _FURTHEST)
+    side, far = escape & 3, escape >> 2
+    below, above = (side == 1).to(tl.int32), (side == 2).to(tl.int32)
+    ordinary = tl.minimum(tl.maximum(steps, LOW + below), HIGH - above)
+    escapes = (tl.abs(steps - far) <= _PULL * tl.abs(steps - ordinary)) & (side != 0)
+    return tl.where(escapes, saturate(far, LOW, HIGH), ordinary)
+
+
+@triton.jit
+def _codes(steps, escape, LOW: tl.constexpr, HIGH: tl.constexpr, FAR: tl.constexpr):
+    """Stored codes of ``steps``, which hold the zero point; with ``FAR`` some channels have an escape."""
+    return _escaped(steps, escape, LOW, HIGH) if FAR else saturate(steps, LOW, HIGH)
 
 
 @triton.jit
@@ -32,31 +65,43 @@ def _high_steps(x, gain, offset, shift):
 
 
 @triton.jit
-def requantize(x, gain, offset, shift, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr):
+def requantize(
+    x, gain, offset, shift, LOW: tl.constexpr, HIGH: tl.constexpr, WIDE: tl.constexpr, escape=0,
+    FAR: tl.constexpr = False,
+):  # fmt: skip
     """``(x gain + offset) >> shift``, or ``>> (32 + shift)`` unless ``WIDE``, saturated.
 
-    The half that rounds and the zero point are part of ``offset``.
+    The half that rounds and the zero point are part of ``offset``. escape: with ``FAR``, of
+    :func:`fqvit_plugin.gpu.packing.pack_escape`.
     """
     if WIDE:  # noqa: SIM108 - both sides of the shorter form must have one type
         steps = (x.to(tl.int64) * gain.to(tl.int64) + offset) >> shift
     else:
         steps = _high_steps(x, gain, offset, shift)
-    return saturate(steps, LOW, HIGH)
+    return _codes(steps, escape, LOW, HIGH, FAR)
 
 
 @triton.jit
-def weighted_sum(a, b, gain_a, gain_b, offset, shift, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """``(a gain_a + b gain_b + offset) >> shift`` of int32 codes and gains, saturated; the result fits 32 bits."""
+def weighted_sum(
+    a, b, gain_a, gain_b, offset, shift, LOW: tl.constexpr, HIGH: tl.constexpr, escape=0, FAR: tl.constexpr = 0
+):
+    """``(a gain_a + b gain_b + offset) >> shift`` of int32 codes and gains, saturated; the result fits 32 bits.
+
+    FAR: 1, 2 and 4, added up: ``a``, ``b`` (whose 25 bits with gains of 30 make a result that leaves 32 bits) or the
+    sum may be far out. escape: with 4, see :func:`requantize`.
+    """
     if _ASSEMBLY:
         steps = tl.inline_asm_elementwise(
             '{ .reg .b64 t; mad.wide.s32 t, $1, $3, $5; mad.wide.s32 t, $2, $4, t; '
-            'shr.s64 t, t, $6; cvt.u32.u64 $0, t; }',
+            'shr.s64 t, t, $6; ' + ('cvt.sat.s32.s64 $0, t; }' if FAR else 'cvt.u32.u64 $0, t; }'),
             '=r,r,r,r,r,l,r', [a, b, gain_a, gain_b, offset, shift], dtype=tl.int32, is_pure=True, pack=1,
         )  # fmt: skip
     else:
         total = a.to(tl.int64) * gain_a.to(tl.int64) + b.to(tl.int64) * gain_b.to(tl.int64) + offset
-        steps = (total >> shift).to(tl.int32)
-    return saturate(steps, LOW, HIGH)
+        steps = total >> shift
+        if FAR == 0:
+            steps = steps.to(tl.int32)
+    return _codes(steps, escape, LOW, HIGH, FAR & 4)
 
 
 @triton.jit
