@@ -41,7 +41,8 @@ def _escaped(steps, escape, LOW: tl.constexpr, HIGH: tl.constexpr):
     side, far = escape & 3, escape >> 2
     below, above = (side == 1).to(tl.int32), (side == 2).to(tl.int32)
     ordinary = tl.minimum(tl.maximum(steps, LOW + below), HIGH - above)
-    escapes = (tl.abs(steps - far) <= _PULL * tl.abs(steps - ordinary)) & (side != 0)
+    outside = ((side == 1) & (steps < ordinary)) | ((side == 2) & (steps > ordinary))
+    escapes = outside & (tl.abs(steps - far) <= _PULL * tl.abs(steps - ordinary))
     return tl.where(escapes, saturate(far, LOW, HIGH), ordinary)
 
 
