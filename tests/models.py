@@ -55,15 +55,16 @@ def vit_with_outlier() -> nn.Module:
 
 
 def vit_with_escapes() -> nn.Module:
-    """A ViT with one token that holds channel 5 of the residual stream far out, and channel 9 of an MLP's branch."""
+    """A ViT of which two tokens hold a channel of the stream far out, up and down, and one that of a branch."""
     model: Any = vit()
     with torch.no_grad():
-        model.backbone.pos_embed[:, 3, 5] += 300
-        (first, _, _), second, _ = model.backbone.layers[0].ffn.layers
-        model.backbone.layers[0].ln2.weight[5], model.backbone.layers[0].ln2.bias[5] = 1, 0
-        first.weight[0] = 0  # a hidden unit for this token alone
-        first.weight[0, 5], first.bias[0] = 1, -4
-        second.weight[9, 0] = -80
+        model.backbone.pos_embed[:, 2, 5] += 100
+        model.backbone.pos_embed[:, 4, 7] -= 70
+        hidden, out = model.backbone.layers[0].ffn.layers[0][0], model.backbone.layers[0].ffn.layers[1]
+        hidden.weight[3] = 0  # LayerNorm gives the first one sqrt(48) there
+        hidden.weight[3, 5], hidden.bias[3] = 4, -12
+        out.weight[:, 3] = 0
+        out.weight[9, 3] = 30
     return model
 
 

@@ -127,6 +127,7 @@ ORDER = [
     'export.layouts',
     'export.shapes',
     'export.functions',
+    'export.escapes',
     'export.integer_form',
     'export.softmax',
     'export.linear',

@@ -97,7 +97,9 @@ def test_equal_tokens_have_a_norm_of_zero():
     assert not evaluated(lambda g, x: write_norm(g, x, 64, 0, 4), u).any()
 
 
-@pytest.mark.parametrize('name', ['vit', 'vit, one channel far out', 'deit3', 'swin', 'swin, padded windows'])
+@pytest.mark.parametrize(
+    'name', ['vit', 'vit, one channel far out', 'vit, escapes', 'deit3', 'swin', 'swin, padded windows']
+)
 def test_openvinos_logits_have_the_codes_of_the_integer_models(name, tmp_path):
     build, size = MODELS[name]
     x = models.images(3, size)

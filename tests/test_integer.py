@@ -158,6 +158,7 @@ MODELS = {
     'vit, mean of the patches': (lambda: models.vit(out_type='avg_featmap'), 32),
     'vit, pre_logits': (lambda: models.vit(head=dict(hidden_dim=20)), 32),
     'vit, one channel far out': (models.vit_with_outlier, 32),
+    'vit, escapes': (models.vit_with_escapes, 32),
     'deit3': (lambda: models.vit('DeiT3'), 32),
     'swin': (lambda: models.swin(), 56),
     'swin, padded windows': (lambda: models.swin(img_size=60), 60),

@@ -18,6 +18,7 @@ from ..dyadic import MEAN_BITS, RECIPROCAL_BITS
 from ..integer.program import Op
 from ..intmath import LARGEST_EXPONENT
 from .carried_norm import write_norm
+from .escapes import escapes_of
 from .graph import Graph
 from .layouts import LAYOUTS
 from .pairs import quotient, split, times
@@ -30,13 +31,13 @@ __all__ = ['CarriedWriter', 'write_rounded']
 _BITS = 24
 
 
-def write_rounded(graph: Graph, parts: Sequence[tuple[str, Any]], term: Any, reach: float) -> str:
+def write_rounded(graph: Graph, parts: Sequence[tuple[str, Any]], term: Any, reach: Any) -> str:
     """``floor(sum(x r) + term + 1/2)`` of whole numbers ``x`` and constants ``r``, as a float.
 
     Args:
         parts: of ``x``, float32 by name, and ``r``, () or (C,).
         term: () or (C,).
-        reach: the largest ``abs(sum(x r))`` that counts, and its parts'; beyond it, results saturate anyway.
+        reach: () or (C,), the largest ``abs(sum(x r))`` that counts, and its parts'; beyond it, results saturate.
     """
     term = np.asarray(term, np.float64) + 0.5
     unit = 2.0 ** (np.ceil(np.log2(reach + np.abs(term).max())) - _BITS)
@@ -90,6 +91,19 @@ class CarriedWriter(QdqWriter):
         ratio = quotient(self.graph, op.inputs[0], float(np.float32(scale)))
         self.quantize(self.graph.node('Round', ratio), op.output)
 
+    def _most(self, name: str, steps: float) -> Any:
+        """What no whole steps of ``name`` pass: ``steps``, or what channels hold farther out."""
+        far = self.program.grids[name].far
+        return np.maximum(steps, np.abs(far)) if far else steps
+
+    def _reach(self, name: str, steps: float) -> Any:
+        """Up to where results tell codes of ``name`` apart: ``steps``, or in some channels where escapes begin."""
+        grid = self.program.grids[name]
+        if not grid.far:
+            return steps
+        borders = np.abs(escapes_of(grid).borders).max(0) + 2.0**8  # of codes; zero points are a code
+        return np.where(np.asarray(grid.far) != 0, np.maximum(steps, borders), steps)
+
     def _kept(self, x: str) -> str:
         """Whole numbers as they are, by an operator that OpenVINO moves no quantization across."""
         return self.graph.node('Round', x)
@@ -123,10 +137,12 @@ class CarriedWriter(QdqWriter):
         # OpenVINO would take one of the factors behind a product of int8 into it, and be far off in the other
         return self._kept(self.graph.node('MatMul', a, b))
 
-    def _affine(self, op: Op, *, gain: Any, offset: Any, zero: Any, shift: int, offset_shift: int, bits: int) -> None:
+    def _affine(
+        self, op: Op, *, gain: Any, offset: Any, shift: int, offset_shift: int, bits: int, **unused: Any
+    ) -> None:
         sums = self._sums(self._makers[op.inputs[0]])
         ratio, term = gain / 2.0**shift, offset * 2.0 ** (offset_shift - shift) + self.lift(op.output)
-        steps = write_rounded(self.graph, [(sums, ratio)], term, 2.0**bits)
+        steps = write_rounded(self.graph, [(sums, ratio)], term, self._reach(op.output, 2.0**bits))
         if bits > 8:
             self._reals[op.output] = steps
         else:
@@ -135,7 +151,7 @@ class CarriedWriter(QdqWriter):
     def _add(self, op: Op, *, gain_a: Any, gain_b: Any, zero: Any, shift: int, **unused: Any) -> None:
         ratios = [np.asarray(gain) / 2.0**shift for gain in (gain_a, gain_b)]
         parts = [(self._whole(x), r) for x, r in zip(op.inputs, ratios, strict=True)]
-        reach = 2.0**8 * sum(np.abs(r).max() for r in ratios)
+        reach = sum(self._most(x, 2.0**8) * np.abs(r).max() for x, r in zip(op.inputs, ratios, strict=True))
         self.quantize(write_rounded(self.graph, parts, self.lift(op.output), reach), op.output)
 
     def _lookup(self, op: Op, *, table: np.ndarray) -> None:
@@ -153,7 +169,7 @@ class CarriedWriter(QdqWriter):
     ) -> None:
         powers = 2.0 ** others['factors'].astype(np.int64)
         x = self.times(self._whole(op.inputs[0]), powers)
-        if 255 * np.broadcast_to(powers, gain.shape).sum() >= 2**_BITS:
+        if np.broadcast_to(self._most(op.inputs[0], 255) * powers, gain.shape).sum() >= 2**_BITS:
             raise ValueError(f'{op.output}: sums of {len(gain)} channels pass 2**24, which float32 does not hold')
         x_hat = write_norm(self.graph, x, len(gain), guard, others['root_bits'])
         units = 2.0 ** shifts.astype(np.int64)

@@ -139,6 +139,7 @@ def _check(form: str, target: str, weights: str, path: Path) -> None:
 def _proto(graph: Graph, program: Program, shapes: dict[str, tuple[int, ...]], meta: Mapping[str, str]) -> Any:
     grids = {
         n: {'scale': min(g.scale), 'zero': g.zero[0] if len(set(g.zero)) == 1 else g.zero, 'bits': g.bits}
+        | ({'far': g.far} if g.far else {})
         for n, g in program.grids.items()
     }
     texts = {'format': 'fqvit_plugin.onnx', 'version': '1', 'grids': json.dumps(grids, separators=(',', ':')), **meta}

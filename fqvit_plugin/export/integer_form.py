@@ -16,6 +16,7 @@ import numpy as np
 
 from ..dyadic import MEAN_BITS, RECIPROCAL_BITS
 from ..integer.program import Op, Program
+from .escapes import decoded, encoded
 from .graph import Graph
 from .layouts import LAYOUTS, add_layout
 
@@ -67,8 +68,17 @@ class IntegerWriter:
         """Saturated steps as codes."""
         limit, offset = 2 ** (bits - 1), code_offset(bits)
         codes = self._op('Add', steps, np.asarray(zero, np.int64) + offset)
+        if (grid := self._program.grids[output]).far:
+            codes = encoded(self._graph, codes, grid, lambda place: self._long(place + offset))
         low, high = self._long(offset - limit), self._long(offset + limit - 1)
         self._graph.cast(self._graph.node('Clip', codes, low, high), _dtype(bits), output)
+
+    def _codes(self, name: str) -> str:
+        """Codes as int64; what is far out lies beyond theirs."""
+        codes, grid = self._graph.cast(name, np.int64), self._program.grids[name]
+        if not grid.far:
+            return codes
+        return decoded(self._graph, codes, grid, lambda place: self._long(place + code_offset(grid.bits)))
 
     def _sum(self, x: str, dims: list[int], keep: bool) -> str:
         return self._graph.node('ReduceSum', x, self._long(dims), keepdims=int(keep))
@@ -104,18 +114,28 @@ class IntegerWriter:
         zeros = (self._graph.constant(z + 128, np.uint8) for z in (zero_a, zero_b))
         return self._graph.node('MatMulInteger', a, b, *zeros, output=output)
 
-    def _affine(self, op: Op, *, gain: Any, offset: Any, zero: Any, shift: int, offset_shift: int, bits: int) -> None:
+    def _affine(
+        self, op: Op, *, gain: Any, offset: Any, zero: Any, shift: int, offset_shift: int, bits: int, **far: Any
+    ) -> None:
         product = self._op('Mul', self._graph.cast(op.inputs[0], np.int64), gain)
         steps = rounded(self._graph, product, shift, offset.astype(np.int64) << offset_shift)
         self._stored(steps, zero, bits, op.output)
 
     def _add(
-        self, op: Op, *, gain_a: Any, gain_b: Any, zero_a: Any, zero_b: Any, zero: Any, shift: int, bits: int
+        self,
+        op: Op,
+        *,
+        gain_a: Any,
+        gain_b: Any,
+        zero_a: Any,
+        zero_b: Any,
+        zero: Any,
+        shift: int,
+        bits: int,
+        **far: Any,
     ) -> None:
-        parts = [
-            self._op('Mul', self._graph.cast(x, np.int64), gain)
-            for x, gain in zip(op.inputs, (gain_a, gain_b), strict=True)
-        ]
+        gains = zip(op.inputs, (gain_a, gain_b), strict=True)
+        parts = [self._op('Mul', self._codes(x), gain) for x, gain in gains]
         term = -sum((z.astype(np.int64) + 128) * g.astype(np.int64) for z, g in ((zero_a, gain_a), (zero_b, gain_b)))
         self._stored(rounded(self._graph, self._graph.node('Add', *parts), shift, term), zero, bits, op.output)
 
@@ -145,9 +165,10 @@ class IntegerWriter:
         guard: int,
         root_bits: int,
         bits: int,
+        **far: Any,
     ) -> None:
         channels = self._shapes[op.inputs[0]][-1]
-        centred = self._op('Sub', self._graph.cast(op.inputs[0], np.int64), zero.astype(np.int64) + 128)
+        centred = self._op('Sub', self._codes(op.inputs[0]), zero.astype(np.int64) + 128)
         u = self._op('Mul', centred, np.int64(1) << factors.astype(np.int64))
         total = self._sum(u, [-1], keep=True)
         squares = self._op('Mul', self._sum(self._graph.node('Mul', u, u), [-1], keep=True), channels)

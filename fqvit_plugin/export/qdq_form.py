@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..integer.program import Op, Program
+from .escapes import decoded, encoded
 from .functions import function_of, write_function
 from .graph import Graph
 from .layouts import LAYOUTS, add_layout
@@ -58,7 +59,8 @@ class QdqWriter:
         self.graph, self.program, self.shapes, self.target = graph, program, shapes, target
         self._makers = {op.output: op for op in self.program.ops}
         self._codes: dict[str, str] = {}  # tensor -> its codes in the graph
-        self._readings: dict[str, str] = {}
+        self._readings: dict[str, str] = {}  # as DequantizeLinear gives them
+        self._decoded: dict[str, str] = {}  # those with escapes
         self._reals: dict[str, str] = {}  # tensors that are never quantized: what a table reads
         self._linear = LinearWriter(self, unsigned_weights)
 
@@ -121,6 +123,8 @@ class QdqWriter:
             limit = 2 ** (grid.bits - 1)
             bounds = (self.scalar((stored - grid.zero) * scale) for stored in (-limit, limit - 1))
             y = self.graph.node('Clip', y, *bounds)
+        if (channels := self.program.grids[name]).far:
+            y = encoded(self.graph, y, channels, lambda place: self.scalar((place - grid.zero) * scale), 0.5)
         return self.graph.node('QuantizeLinear', y, self.scalar(scale), self.zero_point(grid), output=output)
 
     def quantize(self, y: str, name: str, scale: float | None = None, shape: list[int] | None = None) -> None:
@@ -143,7 +147,17 @@ class QdqWriter:
         return self._codes[name]
 
     def reading(self, name: str) -> str:
-        """The reading of ``name``."""
+        """The reading of ``name``, beyond those of codes where an escape stands for it."""
+        reading, channels = self._plain_reading(name), self.program.grids[name]
+        if not channels.far:
+            return reading
+        if name not in self._decoded:
+            self._decoded[name] = decoded(
+                self.graph, reading, channels, lambda stored: self.scalar(self._read(stored, name)), 0.5
+            )
+        return self._decoded[name]
+
+    def _plain_reading(self, name: str) -> str:
         if name not in self._readings:
             self._readings[name] = self.dequantize(self._codes[name], name, output=f'{name}.y')
         return self._readings[name]
@@ -177,10 +191,12 @@ class QdqWriter:
         else:
             filler, output = self._read(stored, op.output), f'{op.output}.y'
             self._readings[op.output] = add_layout(
-                self.graph, op, self.reading(source), self.shapes[source], output, filler, np.float32
+                self.graph, op, self._plain_reading(source), self.shapes[source], output, filler, np.float32
             )
 
-    def _affine(self, op: Op, *, gain: Any, offset: Any, zero: Any, shift: int, offset_shift: int, bits: int) -> None:
+    def _affine(
+        self, op: Op, *, gain: Any, offset: Any, shift: int, offset_shift: int, bits: int, **unused: Any
+    ) -> None:
         maker = self._makers[op.inputs[0]]
         ratio = gain / 2.0**shift  # accumulators to steps
         term = offset * 2.0 ** (offset_shift - shift)

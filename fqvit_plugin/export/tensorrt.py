@@ -16,9 +16,10 @@ __all__ = ['check_tensorrt']
 #: Operators of TensorRT's ONNX parser that the export writes for it.
 # fmt: off
 _OPERATORS = frozenset({
-    'Add', 'Clip', 'Concat', 'Conv', 'DequantizeLinear', 'Div', 'Erf', 'Exp', 'Expand', 'Gather', 'Identity',
-    'LayerNormalization', 'MatMul', 'Mul', 'Pad', 'QuantizeLinear', 'ReduceMax', 'ReduceMean', 'ReduceSum', 'Relu',
-    'Reshape', 'Round', 'Shape', 'Sigmoid', 'Slice', 'Sub', 'Tanh', 'ThresholdedRelu', 'Transpose',
+    'Add', 'And', 'Clip', 'Concat', 'Conv', 'DequantizeLinear', 'Div', 'Erf', 'Exp', 'Expand', 'Gather', 'Greater',
+    'Identity', 'LayerNormalization', 'Less', 'MatMul', 'Max', 'Min', 'Mul', 'Pad', 'QuantizeLinear', 'ReduceMax',
+    'ReduceMean', 'ReduceSum', 'Relu', 'Reshape', 'Round', 'Shape', 'Sigmoid', 'Slice', 'Sub', 'Tanh',
+    'ThresholdedRelu', 'Transpose', 'Where',
 })
 # fmt: on
 
