@@ -61,8 +61,15 @@ def test_the_model_has_escapes_of_the_stream_and_of_a_branch(escaping):
 
 
 # far out above and below, none, on the other side of zero than most codes, and one that an ordinary code has too
-GRID = Grid((1.0,) * 6, (-67, 100, 5, 126, -127, -20), 8, (2549, -1776, 0, 300, -32767, 40))
-FAR, ZERO = (torch.tensor(v, dtype=torch.int32) for v in (GRID.far, GRID.zero))
+FAR, ZERO = (2549, -1776, 0, 300, -32767, 40), (-67, 100, 5, 126, -127, -20)
+GRIDS = [Grid((1.0,) * len(ZERO), ZERO, 8, tuple(f * (f * sign >= 0) for f in FAR)) for sign in (0, 1, -1)]
+WAYS = pytest.mark.parametrize(('dtype', 'half'), [(np.int64, 0), (np.float32, 0.5)])
+
+
+@pytest.fixture(params=GRIDS, ids=['both sides', 'above', 'below'])
+def grid(request):
+    """A grid with escapes, with its far values and zero points as tensors."""
+    return request.param, *(torch.tensor(v, dtype=torch.int32) for v in (request.param.far, request.param.zero))
 
 
 def evaluated(write, values, dtype):
@@ -74,21 +81,21 @@ def evaluated(write, values, dtype):
     return session(proto, optimized=False).run(None, {})[0]
 
 
-@pytest.mark.parametrize(('dtype', 'half'), [(np.int64, 0), (np.float32, 0.5)])
-def test_codes_are_the_kernels(dtype, half):
+@WAYS
+def test_codes_are_the_kernels(grid, dtype, half):
+    plain, far, zero = grid
     steps = torch.cat((torch.arange(-7000, 7000), torch.arange(-33000, 33000, 77))).int()[:, None].expand(-1, 6)
-    places = (steps + ZERO).numpy()
-    found = evaluated(
-        lambda g, x: encoded(g, x, GRID, lambda place: g.constant(place, dtype), half), places, dtype
-    ).clip(-128, 127)
-    assert np.array_equal(found, _store(steps, ZERO, 8, FAR).numpy())
+    places = (steps + zero).numpy()
+    found = evaluated(lambda g, x: encoded(g, x, plain, lambda at: g.constant(at, dtype), half), places, dtype)
+    assert np.array_equal(found.clip(-128, 127), _store(steps, zero, 8, far).numpy())
 
 
-@pytest.mark.parametrize(('dtype', 'half'), [(np.int64, 0), (np.float32, 0.5)])
-def test_what_codes_stand_for_is_the_kernels(dtype, half):
+@WAYS
+def test_what_codes_stand_for_is_the_kernels(grid, dtype, half):
+    plain, far, zero = grid
     codes = torch.arange(-128, 128, dtype=torch.int8)[:, None].expand(-1, 6)
-    found = evaluated(lambda g, x: decoded(g, x, GRID, lambda place: g.constant(place, dtype), half), codes, dtype)
-    assert np.array_equal(found, (_steps(codes, ZERO, FAR) + ZERO).numpy())
+    found = evaluated(lambda g, x: decoded(g, x, plain, lambda at: g.constant(at, dtype), half), codes, dtype)
+    assert np.array_equal(found, (_steps(codes, zero, far) + zero).numpy())
 
 
 def test_sums_with_far_values_are_rounded_like_the_others():

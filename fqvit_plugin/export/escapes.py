@@ -62,23 +62,29 @@ def encoded(graph: Graph, x: str, grid: Grid, at: Callable[[np.ndarray], str], h
         at: the constant of places on that axis, in the numbers of ``x``.
         half: 1/2 if ``x`` is not rounded yet.
     """
-    escapes = escapes_of(grid)
+    escapes, limit = escapes_of(grid), 2 ** (grid.bits - 1)
     low, high = escapes.ends
-    ordinary = graph.node('Min', graph.node('Max', x, at(low + 1)), at(high - 1))
-    limit = 2 ** (grid.bits - 1)
-    below, above = escapes.borders
-    return _where_between(
-        graph, x, at(below + half), at(above - half), ordinary, at(escapes.far.clip(-limit, limit - 1))
-    )
+    ordinary = graph.node('Max', x, at(low + 1)) if _some(low) else x
+    ordinary = graph.node('Min', ordinary, at(high - 1)) if _some(high) else ordinary
+    near = _between(graph, x, escapes.borders, at, half)
+    return graph.node('Where', near, ordinary, at(escapes.far.clip(-limit, limit - 1)))
 
 
 def decoded(graph: Graph, x: str, grid: Grid, at: Callable[[np.ndarray], str], half: float = 0) -> str:
     """Codes as places on their axis; arguments as :func:`encoded`'s, ``half`` if ``x`` is not whole."""
     escapes = escapes_of(grid)
-    low, high = escapes.ends
-    return _where_between(graph, x, at(low + half), at(high - half), x, at(escapes.far))
+    return graph.node('Where', _between(graph, x, escapes.ends, at, half), x, at(escapes.far))
 
 
-def _where_between(graph: Graph, x: str, low: str, high: str, then: str, otherwise: str) -> str:
-    between = graph.node('And', graph.node('Greater', x, low), graph.node('Less', x, high))
-    return graph.node('Where', between, then, otherwise)
+def _between(
+    graph: Graph, x: str, ends: tuple[np.ndarray, np.ndarray], at: Callable[[np.ndarray], str], half: float
+) -> str:
+    """Whether ``x`` lies strictly between; engines take long over operators that decide nothing."""
+    low, high = ends
+    tests = [graph.node('Greater', x, at(low + half))] if _some(low) else []
+    tests += [graph.node('Less', x, at(high - half))] if _some(high) else []
+    return tests[0] if len(tests) == 1 else graph.node('And', *tests)
+
+
+def _some(ends: np.ndarray) -> bool:
+    return bool((np.abs(ends) < _NEVER).any())
