@@ -214,7 +214,8 @@ def simulated_codes(model, integer, x):
     def keep(path):
         def hook(module, inputs, out):
             grid = grids[path]
-            found[path] = (out / torch.tensor(grid.scale) + torch.tensor(grid.zero)).round()
+            codes = (out / torch.tensor(grid.scale) + torch.tensor(grid.zero)).round()
+            found[path] = codes.clamp(-128, 127) if grid.far else codes  # an end code is what lies far beyond it
 
         return hook
 
