@@ -42,17 +42,11 @@ def escapes_of(grid: Grid) -> Escapes:
 
 def _borders(low: np.ndarray, high: np.ndarray, far: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Whole steps from which on ``escaped_steps`` gives ``far``, downwards and upwards."""
-    up, size = far > 0, np.abs(far)
-    near, other = np.where(up, high, -low), np.where(up, low, -high)  # as if ``far`` were above
+    size, near = np.abs(far), np.where(far > 0, high, -low)  # as if ``far`` were above
     between = -(-(size + PULL * near) // (1 + PULL))
     beyond = -(-(PULL * near - size) // (PULL - 1))  # of a far value that an ordinary code has too
     above = np.where(size > near, between, beyond)
-    below = (PULL * other - size) // (PULL - 1)
-    none = far == 0
-    return (
-        np.where(none, -_NEVER, np.where(up, below, -above)),
-        np.where(none, _NEVER, np.where(up, above, -below)),
-    )
+    return np.where(far < 0, -above, -_NEVER), np.where(far > 0, above, _NEVER)
 
 
 def encoded(graph: Graph, x: str, grid: Grid, at: Callable[[np.ndarray], str], half: float = 0) -> str:
