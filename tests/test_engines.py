@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,10 +25,12 @@ from mmengine.utils import digit_version
 from PIL import Image
 
 import fqvit_plugin as fq
+from fqvit_plugin.gpu import missing, support
 
 from .projects import float_checkpoint, project
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs' / 'digits'
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / 'configs' / 'digits'
 VIT = str(CONFIGS / 'digits_vit.py')
 SMALL = ['--batch-size', '4', '--batches', '2', '--repeats', '2', '--batch-sizes', '1', '3', '--threads', '1']
 
@@ -140,6 +146,66 @@ def test_int8_engines_stay_near_them_and_are_not_float(material, name):
         assert 1e-3 < far < 0.2
 
 
+# --- the GPU's, on one or in Triton's interpreter
+
+runs = pytest.mark.skipif(missing() is not None, reason=f'Triton kernels do not run here: {missing()}')
+
+
+@runs
+def test_gpu_engines_give_the_logits_of_the_integer_model_and_nearly_those_of_float(material):
+    ours, bfloat16 = (found.build(material) for found in engines_of(['gpu', 'gpu-bf16']))
+    with torch.no_grad():
+        for image in material.calibration[0][:2].split(1):  # the second is not taken for the first
+            assert torch.equal(ours(image), material.integer(image))
+            expected = material.model(image, mode='tensor')
+            found = bfloat16(image)
+            assert found.dtype is torch.float32
+            assert 1e-4 < (found - expected).abs().max() / expected.abs().max() < 0.05
+    assert torch.get_default_dtype() is torch.float32
+
+
+@runs
+def test_gpu_engines_score_as_the_integer_model_in_the_tool(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(_compare, 'TURN', 0.0)
+    argv = [*photographs(tmp_path), '--engines', 'integer,gpu,gpu-bf16', '--compile-backend', 'eager']
+    argv += ['--repeats', '1', '--batch-sizes', '2', '--json', str(tmp_path / 'a.json')]
+    assert benchmark.main(argv) == 0
+    (rows,) = json.loads((tmp_path / 'a.json').read_text())['configs'].values()
+    integer, ours, bfloat16 = rows
+    assert [row['problem'] for row in rows] == [None] * 3, capsys.readouterr().out
+    assert ours['top1'] == integer['top1'] is not None
+    assert bfloat16['top1'] is not None
+    assert ours['batches']['2']['seconds'][0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(support.interpreted(), reason='this is the interpreter')
+def test_engines_of_the_gpu_in_the_interpreter():
+    pytest.importorskip('triton', minversion='3.4', reason='Triton 3.4 is not installed')
+    run = subprocess.run(
+        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k', 'gpu_engines'],
+        capture_output=True, text=True, timeout=600, check=False, cwd=ROOT,
+        env={**os.environ, 'TRITON_INTERPRET': '1', 'CUDA_VISIBLE_DEVICES': ''},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+    assert re.search('3 passed', run.stdout), run.stdout[-1000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='no CUDA device: its graph and compiler need one')
+def test_engines_of_the_gpu_as_they_are_timed_there(tmp_path):
+    """In a process of its own: the compiler's hints, which tests take for errors, are none."""
+    out = tmp_path / 'a.json'
+    argv = [*photographs(tmp_path), '--engines', 'integer,gpu,gpu-bf16', '--json', str(out)]
+    tool = [sys.executable, str(ROOT / 'tools' / 'benchmark.py')]
+    run = subprocess.run([*tool, *argv], capture_output=True, text=True, timeout=900, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    (rows,) = json.loads(out.read_text())['configs'].values()
+    assert [row['problem'] for row in rows] == [None] * 3
+    assert rows[1]['top1'] == rows[0]['top1']
+    assert all(len(row['batches'][batch]['seconds']) == 2 for row in rows for batch in ('1', '3'))
+
+
 # --- rounds
 
 
@@ -238,20 +304,24 @@ def test_a_run_prints_a_table_and_writes_what_is_in_it(tmp_path, capsys, monkeyp
     assert integer['top1'] is None
 
 
+def photographs(folder):
+    """A small ViT with weights, and five images a split: written into ``folder``, and the tool's arguments."""
+    cfg = project(folder, folder / 'work', 'vit')
+    float_checkpoint(cfg, folder / 'float.pth')
+    cfg.dump(folder / 'config.py')
+    rng = np.random.default_rng(0)
+    for split in ('calib', 'val'):
+        (folder / split).mkdir()
+        for i in range(5):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / split / f'0_{i}.jpg')
+    return [str(folder / 'config.py'), *SMALL, '--images', str(folder), '--checkpoint', str(folder / 'float.pth')]
+
+
 def test_photographs_calibrate_and_score(tmp_path, capsys, monkeypatch):
     """Labels are what the float model answers: it scores 100, whatever it is."""
     monkeypatch.setattr(_compare, 'TURN', 0.0)
-    cfg = project(tmp_path, tmp_path / 'work', 'vit')
-    float_checkpoint(cfg, tmp_path / 'float.pth')
-    cfg.dump(tmp_path / 'config.py')
-    rng = np.random.default_rng(0)
-    for split in ('calib', 'val'):
-        (tmp_path / split).mkdir()
-        for i in range(5):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / split / f'0_{i}.jpg')
-    argv = [str(tmp_path / 'config.py'), *SMALL, '--engines', 'torch,integer', '--images', str(tmp_path)]
-    argv += ['--checkpoint', str(tmp_path / 'float.pth'), '--json', str(tmp_path / 'a.json')]
+    argv = [*photographs(tmp_path), '--engines', 'torch,integer', '--json', str(tmp_path / 'a.json')]
     assert benchmark.main(argv) == 0
     assert 'top-1' in capsys.readouterr().out
     ((torch_row, integer),) = json.loads((tmp_path / 'a.json').read_text())['configs'].values()

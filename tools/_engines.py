@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import fqvit_plugin as fq
 from fqvit_plugin.gpu import GpuModel
+from fqvit_plugin.gpu.support import interpreted
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.native.model import NativeModel
 from fqvit_plugin.scheme import QuantScheme
@@ -208,13 +209,18 @@ def _native(material: Material) -> Run:
     return lambda images: model(images)
 
 
+def _gpu_device() -> str:
+    """CUDA's, or the CPU where Triton's interpreter does without: to see that an engine works, not how fast."""
+    return 'cpu' if interpreted() and not torch.cuda.is_available() else 'cuda'
+
+
 def _on_gpu(run: Run) -> Run:
     """``run`` on a GPU: the same batch is sent there once, its logits come back every time."""
     last: list[Tensor] = []
 
     def call(images: Tensor) -> Tensor:
         if not last or last[0] is not images:
-            last[:] = [images, images.cuda()]
+            last[:] = [images, images.to(_gpu_device())]
         logits: Tensor = run(last[1])
         return logits.float().cpu()  # waits for the GPU
 
@@ -223,13 +229,13 @@ def _on_gpu(run: Run) -> Run:
 
 @engine('gpu', 'int8', needs=['triton'])
 def _gpu(material: Material) -> Run:
-    return _on_gpu(GpuModel(material.integer, cuda_graph=True).cuda())
+    return _on_gpu(GpuModel(material.integer, cuda_graph=True).to(_gpu_device()))
 
 
 @engine('gpu-bf16', 'bfloat16')
 def _gpu_bf16(material: Material) -> Run:
-    model = _InBfloat16(copy.deepcopy(material.model).cuda().bfloat16()).eval()
-    compiled = torch.compile(model, mode='max-autotune', dynamic=False)
+    model = _InBfloat16(copy.deepcopy(material.model).to(_gpu_device()).bfloat16()).eval()
+    compiled = torch.compile(model, mode='max-autotune', backend=material.compile_backend, dynamic=False)
 
     def run(images: Tensor) -> Any:
         default = torch.get_default_dtype()
