@@ -131,7 +131,8 @@ def _openvino(material: Material) -> Run:
 @engine('openvino-int8', 'int8', needs=[*_OPENVINO, 'nncf'])
 def _openvino_int8(material: Material) -> Run:
     nncf = importlib.import_module('nncf')
-    nncf.set_log_level(logging.ERROR)
+    # not nncf.set_log_level: it sets every handler there, those of others too, as pytest's
+    logging.getLogger('nncf').setLevel(logging.ERROR)
     images = [image[None].numpy() for batch in material.calibration for image in batch]
     with contextlib.redirect_stdout(io.StringIO()):  # progress bars
         model = nncf.quantize(
