@@ -44,11 +44,20 @@ help:  ## this list
 demo: $(READY)  ## train two small transformers on real digits, quantize them, print the table
 	@$(PY) tools/demo.py $(ARGS)
 
+# A process for each core, at most four: one alone needs 27 minutes where two cores wait for it. Each has one thread,
+# for more of them than cores make small tensors many times slower. Whole files go to a process, in the order of their
+# names: what a file's tests share is made once, and the longest file does not come last, where it would run alone
+# (xdist sorts by the number of tests, and the longest has five). WORKERS=0 runs all in one process, for a debugger.
+# nproc takes OMP_NUM_THREADS for the number of cores, hence env.
+WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
+  echo $$((cores < 4 ? cores : 4)))
+
 # A part of the tests cannot cover the package: with ARGS, coverage is shown but not judged.
 .PHONY: test
 test: $(READY)  ## all tests with at least 90 % coverage, then the linters
 	@echo '==> pytest'
-	@$(PY) -m pytest --cov=fqvit_plugin --cov-fail-under=$(if $(ARGS),0,90) $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --cov=fqvit_plugin \
+	  --cov-fail-under=$(if $(ARGS),0,90) $(ARGS)
 	@$(MAKE) lint
 
 # The two packages refuse the lock's mmcv-lite: an older one lies over it for this run only.
