@@ -44,10 +44,10 @@ help:  ## this list
 demo: $(READY)  ## train two small transformers on real digits, quantize them, print the table
 	@$(PY) tools/demo.py $(ARGS)
 
-# A process for each core, at most four: one alone needs 27 minutes where two cores wait for it. Each has one thread,
-# for more of them than cores make small tensors many times slower. Whole files go to a process, in the order of their
-# names: what a file's tests share is made once, and the longest file does not come last, where it would run alone
-# (xdist sorts by the number of tests, and the longest has five). WORKERS=0 runs all in one process, for a debugger.
+# A process for each core, at most four: one alone took 27 minutes on two cores. Each has one thread, for more of them
+# than cores make small tensors many times slower. Whole files go to a process, because what a file's tests share is
+# made once in each, and in the order of their names: xdist would sort them by the number of tests, which puts the
+# file with the longest of all last, to run alone. WORKERS=0 runs everything in one process, as a debugger needs.
 # nproc takes OMP_NUM_THREADS for the number of cores, hence env.
 WORKERS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); \
   echo $$((cores < 4 ? cores : 4)))
