@@ -213,7 +213,7 @@ def add(
 
     ``far``: (C,) int32, steps that the lowest code of a channel stands for if negative, the highest if positive.
     """
-    # codes of 8 bits and gains of 30: 2**39; what is far out has 16 bits
+    # gains of 30 bits; codes of 8 bits: 2**39; what is far out has 16: 2**47
     y = _steps(a, zero_a, far_a).long() * gain_a + _steps(b, zero_b, far_b).long() * gain_b
     return _store((y + (1 << (shift - 1))) >> shift, zero, bits, far)
 
