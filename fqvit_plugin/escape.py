@@ -64,14 +64,15 @@ class EscapeQuantizer(UniformQuantizer):
         self._ask()
 
     def _ask(self) -> None:
-        if self.spec.axis == -1 and hasattr(self.observer, 'escapes'):
+        can = self.spec.axis == -1 and not self.spec.bit_type.signed and hasattr(self.observer, 'escapes')
+        if can and not self.observer.shared_zero_point:  # which may be any code, an end too
             self.observer.escapes = True
 
     def commit(self) -> None:
         """Write what was taken into the buffers."""
         far = getattr(self.observer, 'far', None)
         super().commit()  # which forgets the observer
-        self.far = torch.zeros_like(self.zero_point[:0]) if far is None or not bool(far.any()) else far
+        self.far = far if far is not None and bool(far.any()) else self.far.new_zeros(0)
 
     def reset(self) -> None:
         """Start observing afresh."""

@@ -3,9 +3,12 @@ grid without escapes, and the equality of simulation, integer model and native e
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from fqvit_plugin.analysis.measure import uniform_grid
 from fqvit_plugin.checkpoint import load_calibrated_, save_calibrated, stored_scheme, take_calibrated
 from fqvit_plugin.escape import EscapeQuantizer, escaped_steps, far_of, limits
 from fqvit_plugin.integer.checkpoint import load_integer, save_integer
@@ -100,6 +103,16 @@ def test_far_values_keep_16_bits(spec):
     finest = quantizer.scale.min() if spec is PTF else quantizer.scale[2]
     assert 2**14 < float(quantizer.far[2].abs() * quantizer.scale[2] / finest) < 2**15
     assert (quantizer(x)[:, 3:, 2] - x[:, 3:, 2]).abs().max() <= quantizer.scale[2]
+
+
+def test_no_escape_with_a_shared_zero_point():
+    spec = dataclasses.replace(PTF, observer_options=(('shared_zero_point', True),))
+    assert calibrated(spec, tokens(-300)).far.shape == (0,)
+
+
+def test_what_is_far_out_counts_as_covered():
+    x = tokens(-300)
+    assert uniform_grid(calibrated(PTF, x)).count_saturated(x) == 2  # of six, one in each image lies beyond their mean
 
 
 def test_only_strict_streams_and_branches_have_escapes():

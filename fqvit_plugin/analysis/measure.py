@@ -61,9 +61,9 @@ class Grid:
 
 
 def uniform_grid(quantizer: UniformQuantizer) -> Grid:
-    """The grid of a calibrated quantizer: ``(code - zero_point) * scale``."""
+    """The grid of a calibrated quantizer: ``(code - zero_point) * scale``, and to what an escape stands for."""
     kind, scale = quantizer.spec.bit_type, quantizer.widest_step
-    low, high = ((code - quantizer.zero_point) * scale for code in (kind.qmin, kind.qmax))
+    low, high = (steps * scale for steps in quantizer.step_range())
     return Grid(kind.qmin, kind.qmax, low, high, scale / 2, quantizer.spec.axis)
 
 
