@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .functional import PULL, align
+from .observers import EscapingObserver
 from .quantizers import UniformQuantizer
 from .registry import QUANTIZERS
 from .scheme import QuantSpec
@@ -64,8 +65,9 @@ class EscapeQuantizer(UniformQuantizer):
         self._ask()
 
     def _ask(self) -> None:
-        can = self.spec.axis == -1 and not self.spec.bit_type.signed and hasattr(self.observer, 'escapes')
-        if can and not self.observer.shared_zero_point:  # which may be any code, an end too
+        if self.spec.axis != -1 or self.spec.bit_type.signed or self.observer.shared_zero_point:
+            return  # a zero point that all channels share may be an end code
+        if isinstance(self.observer, EscapingObserver):
             self.observer.escapes = True
 
     def commit(self) -> None:

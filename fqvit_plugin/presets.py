@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from .functional import Arithmetic
+from .observers import EscapingObserver
 from .scheme import (
     PRESETS,
     BitType,
@@ -142,7 +143,7 @@ def _hidden(act: QuantSpec, levels: bool) -> QuantSpec:
 
 def _escaping(spec: QuantSpec) -> QuantSpec:
     """``spec``, with escapes for channels where its observer finds some."""
-    can = spec.axis == -1 and hasattr(spec.build_observer(), 'escapes')
+    can = spec.axis == -1 and isinstance(spec.build_observer(), EscapingObserver)
     return dataclasses.replace(spec, quantizer='escape') if can else spec
 
 

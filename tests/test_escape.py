@@ -112,7 +112,7 @@ def test_no_escape_with_a_shared_zero_point():
 
 def test_what_is_far_out_counts_as_covered():
     x = tokens(-300)
-    assert uniform_grid(calibrated(PTF, x)).count_saturated(x) == 2  # of six, one in each image lies beyond their mean
+    assert uniform_grid(calibrated(PTF, x)).count_saturated(x) == 2  # of six, those beyond their mean
 
 
 def test_only_strict_streams_and_branches_have_escapes():
