@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import fqvit_plugin as fq
-from fqvit_plugin.checkpoint import save_calibrated
+from fqvit_plugin.checkpoint import _FORMAT, save_calibrated
 
 from .projects import build, project
 
@@ -71,8 +71,8 @@ def test_another_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match='lacks'):
         fq.load_quantized_(build(project(tmp_path, tmp_path, 'swin')), tmp_path / 'q.pth')
     state = torch.load(tmp_path / 'q.pth', weights_only=True)
-    for version in (4, 99):  # 4: before weights had factors
+    for version in (5, 99):  # 5: before streams had escapes
         state['meta']['fqvit']['format'] = version
         torch.save(state, tmp_path / 'other.pth')
-        with pytest.raises(ValueError, match=f'format {version}; this version reads 5: calibrate again'):
+        with pytest.raises(ValueError, match=f'format {version}; this version reads {_FORMAT}: calibrate again'):
             fq.load_quantized_(build(project(tmp_path, tmp_path)), tmp_path / 'other.pth')
