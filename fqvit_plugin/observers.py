@@ -104,7 +104,7 @@ class RangeObserver(Observer):
 
     def __init__(self, bit_type: BitType, *, axis: int | None = None, arithmetic: Arithmetic = 'strict') -> None:
         super().__init__(bit_type, axis=axis, arithmetic=arithmetic)
-        self.range: Tensor | None = None  # (2, C): low ends, high ends
+        self.range: Tensor | None = None  # (2, C): low ends, high ends; (4, C) where escapes want two ranges
 
     def measure(self, x: Tensor) -> Tensor:
         """Minimum and maximum per channel, shape (2, C)."""
@@ -116,16 +116,11 @@ class RangeObserver(Observer):
         return torch.stack((x.amin(dim=others), x.amax(dim=others)))
 
     def fold(self, measured: Tensor) -> None:
-        """Widen the range to hold the new one."""
-        if self.range is None:
-            self.range = measured
-        else:
-            self.range = torch.stack(
-                (
-                    torch.minimum(self.range[0], measured[0]),
-                    torch.maximum(self.range[1], measured[1]),
-                )
-            )
+        """Widen every range to hold the new one."""
+        if self.range is not None:
+            lows, highs = torch.minimum(self.range, measured)[::2], torch.maximum(self.range, measured)[1::2]
+            measured = torch.stack((lows, highs), 1).flatten(0, 1)
+        self.range = measured
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Low and high end, shape (C,), or () for one scale.
@@ -135,7 +130,7 @@ class RangeObserver(Observer):
         """
         if self.range is None:
             raise RuntimeError(f'{type(self).__name__} has observed nothing yet: call update(x) first')
-        lo, hi = self.range
+        lo, hi = self.range[:2]
         return (lo, hi) if self.channels_kept else (lo.squeeze(0), hi.squeeze(0))
 
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -168,21 +163,6 @@ class EscapingObserver(RangeObserver):
             return ends
         tokens = x.flatten(0, -2)
         return torch.cat((ends, super().measure(tokens[~_far_out(tokens)])))
-
-    def fold(self, measured: Tensor) -> None:
-        """Widen the ranges to hold the new ones."""
-        if self.range is not None:
-            lows, highs = torch.minimum(self.range, measured), torch.maximum(self.range, measured)
-            measured = torch.stack([(highs if i % 2 else lows)[i] for i in range(len(measured))])
-        self.range = measured
-
-    def bounds(self) -> tuple[Tensor, Tensor]:
-        """Low and high end, shape (C,), or () for one scale; of all that was seen."""
-        everything, self.range = self.range, None if self.range is None else self.range[:2]
-        try:
-            return super().bounds()
-        finally:
-            self.range = everything
 
     def near(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The range without what is far out, and what that is on average in the last batch, 0 where there is none.

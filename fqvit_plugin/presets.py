@@ -121,7 +121,7 @@ def get_scheme(
         operand=operand,
         hidden=_hidden(dataclasses.replace(act, bit_type=operand.bit_type), levels=low),
         branch=act if arithmetic == 'reference' else _escaping(by_channel(act)),
-        norm_input=norm_input if arithmetic == 'reference' else _escaping(norm_input),
+        norm_input=_escaping(norm_input),
         probs=dataclasses.replace(act, bit_type=attn_type, quantizer=probs_quantizer),
         log_int_softmax=lis,
         # The reference keeps LayerNorm in float where it has no PTF; strict arithmetic never needs to.
@@ -142,8 +142,9 @@ def _hidden(act: QuantSpec, levels: bool) -> QuantSpec:
 
 
 def _escaping(spec: QuantSpec) -> QuantSpec:
-    """``spec``, with escapes for channels where its observer finds some."""
-    can = spec.axis == -1 and isinstance(spec.build_observer(), EscapingObserver)
+    """``spec``, in strict arithmetic with escapes for channels where its observer finds some."""
+    strict = spec.arithmetic == 'strict' and spec.axis == -1
+    can = strict and isinstance(spec.build_observer(), EscapingObserver)
     return dataclasses.replace(spec, quantizer='escape') if can else spec
 
 

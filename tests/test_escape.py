@@ -93,7 +93,7 @@ def test_what_is_far_out_may_be_missing_in_the_last_batch():
     quantizer = calibrated(PTF, tokens(-300), tokens(0, count=0, seed=1))
     assert float(quantizer.far[2] * quantizer.scale[2]) == pytest.approx(-330, rel=0.01)  # the end of the range
     alone = calibrated(PTF, tokens(-300, seed=1))
-    assert quantizer.scale[2] == alone.scale[2] or 0.4 < quantizer.scale[2] / alone.scale[2] < 2.5
+    assert 0.4 < quantizer.scale[2] / alone.scale[2] < 2.5
 
 
 @pytest.mark.parametrize('spec', [PTF, MINMAX], ids=['ptf', 'minmax'])

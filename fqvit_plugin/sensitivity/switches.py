@@ -142,10 +142,10 @@ def _on_grid(
     like: UniformQuantizer, kind: BitType, scale: torch.Tensor, zero_point: torch.Tensor
 ) -> UniformQuantizer:
     spec = dataclasses.replace(like.spec, bit_type=kind)
-    kind_of_twin = UniformQuantizer if far_of(like) is None else EscapeQuantizer
-    twin = kind_of_twin(spec, None if spec.axis is None else len(like.scale)).to(like.scale.device)
+    channels, far = None if spec.axis is None else len(like.scale), far_of(like)
+    twin = (UniformQuantizer if far is None else EscapeQuantizer)(spec, channels).to(like.scale.device)
     twin.scale.copy_(scale)
-    if (far := far_of(like)) is not None:
+    if far is not None:
         twin.far = torch.round(far * (like.scale / scale)).to(torch.int32)
     twin.zero_point.copy_(zero_point.round().reshape(twin.zero_point.shape))
     twin.name = like.name
