@@ -17,3 +17,14 @@ def test_means_over_seeds_by_hand():
         'vit_t', 'mmpretrain', 'w4a4', '3', '76.00', '0.58', '-6.00', '75.00', '77.00',
     ]  # fmt: skip
     assert [c[1] for c in columns][4:7] == ['78.50', '0.00', '-0.50']
+
+
+def test_means_of_engines_differences_by_hand():
+    def row(engine, seed, simulated, top1):
+        return accuracy.EngineRow('vit_t', '8/8/4', seed, engine, 400, simulated, top1, 99.0, False)
+
+    rows = [row('native', 0, 80.0, 80.0), row('native', 1, 81.0, 81.0)]
+    rows += [row('ort-qdq', 0, 80.0, 81.0), row('ort-qdq', 1, 81.0, 79.0)]
+    columns = [list(column.cells) for column in accuracy.engine_means_table(rows).columns]
+    assert [c[0] for c in columns] == ['vit_t', '8/8/4', 'native', '2', '+0.00', '0.00', '+0.00', '+0.00']
+    assert [c[1] for c in columns][2:] == ['ort-qdq', '2', '-0.50', '1.50', '-2.00', '+1.00']

@@ -67,7 +67,7 @@ examples:
   python tools/accuracy.py ../shared/imagenet --recipes 'strict 8/8/4' --engines native openvino-qdq
 
 A recipe may also be a config, one that tools/allocate.py wrote for instance, whose quant_scheme is then taken.
-With several seeds, a second table has means over them.
+With several seeds, a second table has means over them, and one of engines the means of their differences.
 With both libraries named, a table says how far apart their models of the same weights are.
 
 exit codes: 0 done, 2 something is wrong with what was given (one line on stderr)
@@ -285,6 +285,17 @@ def means_table(rows: Sequence[Row]) -> Table:
     return result
 
 
+def engine_means_table(rows: Sequence[EngineRow]) -> Table:
+    """Engines' differences from the simulation over seeds, for a terminal, with the standard error of their mean."""
+    result = Table('model', 'recipe', 'engine', 'seeds', 'from simulated', 'error', 'lowest', 'highest')
+    for key in dict.fromkeys((row.model, row.recipe, row.engine) for row in rows):
+        found = [row.top1 - row.simulated for row in rows if (row.model, row.recipe, row.engine) == key]
+        error = f'{statistics.stdev(found) / len(found) ** 0.5:.2f}'
+        mean, lowest, highest = (f'{figure:+.2f}' for figure in (statistics.mean(found), min(found), max(found)))
+        result.add_row(*key, str(len(found)), mean, error, lowest, highest)
+    return result
+
+
 def engine_table(rows: Sequence[EngineRow]) -> Table:
     """Engines beside the simulation, for a terminal."""
     result = Table('model', 'recipe', 'seed', 'engine', 'images', 'simulated', 'top-1', 'same answer', 'equal')
@@ -368,6 +379,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(difference_table(differences))
     if deployed:
         console.print(engine_table(deployed))
+    if deployed and len(args.seeds) > 1:
+        console.print(engine_means_table(deployed))
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(row) for row in (*rows, *deployed)], indent=1))
     return 0
