@@ -28,3 +28,9 @@ def test_means_of_engines_differences_by_hand():
     columns = [list(column.cells) for column in accuracy.engine_means_table(rows).columns]
     assert [c[0] for c in columns] == ['vit_t', '8/8/4', 'native', '2', '+0.00', '0.00', '+0.00', '+0.00']
     assert [c[1] for c in columns][2:] == ['ort-qdq', '2', '-0.50', '1.50', '-2.00', '+1.00']
+
+
+def test_a_missing_folder_is_named_before_anything_is_read(tmp_path, capsys):
+    missing = tmp_path / 'no'
+    assert accuracy.main([str(tmp_path), '--json', str(missing / 'a.json')]) == 2
+    assert f'there is no folder {missing}' in capsys.readouterr().err

@@ -57,4 +57,3 @@ def _openvino(path: Path) -> Callable[[Tensor], Tensor]:
 def same_answers(ours: Tensor, theirs: Tensor) -> float:
     """Per cent of (N, classes) logits with the same first answer."""
     return 100 * (ours.argmax(1) == theirs.argmax(1)).float().mean().item()
-

@@ -45,7 +45,7 @@ _HEADING = re.compile(r'^#{1,6}\s+(?P<title>.+?)\s*$', re.MULTILINE)
 _WRITTEN = {'work_dirs', '.venv', 'data'}
 _SUFFIXES = {'.md', '.py', '.sh', '.toml', '.txt'}
 #: Commands of which nothing here is the authority.
-_FOREIGN = {'cd', 'git', 'pip', 'source'}
+_FOREIGN = {'cd', 'git', 'mkdir', 'pip', 'source'}
 #: What mim calls a package -> how Python imports it.
 _MIM = {'mmpretrain': 'mmpretrain', 'mmsegmentation': 'mmseg', 'mmdet': 'mmdet'}
 _COMMAND = re.compile(rf'(?:make|nox|fqvit|python3?|mim \w+ (?:fqvit_plugin|{"|".join(_MIM)})) +\S')

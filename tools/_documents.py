@@ -25,7 +25,7 @@ def check_writable(path: Path) -> None:
         pass
 
 
-def write_json(path: Path, document: dict[str, Any]) -> None:
+def write_json(path: Path, document: dict[str, Any] | list[Any]) -> None:
     """Write ``document``, or leave what was there."""
     aside = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from _deployed import ENGINES, deploy, same_answers
+from _documents import check_writable, write_json
 from _twins import scale_difference
 from mmpretrain.registry import DATASETS, MODELS
 from rich.console import Console
@@ -356,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     differences: list[Difference] = []
     deployed: list[EngineRow] = []
     try:
+        if args.json is not None:
+            check_writable(args.json)
         for name in args.models:
             kept: dict[str, Kept] = {via: {} for via in args.via}
             for via in args.via:
@@ -382,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if deployed and len(args.seeds) > 1:
         console.print(engine_means_table(deployed))
     if args.json is not None:
-        args.json.write_text(json.dumps([asdict(row) for row in (*rows, *deployed)], indent=1))
+        write_json(args.json, [asdict(row) for row in (*rows, *deployed)])
     return 0
 
 
