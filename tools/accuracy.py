@@ -279,7 +279,7 @@ def means_table(rows: Sequence[Row]) -> Table:
     floats = {(row.model, row.via): row.top1 for row in rows if row.recipe == 'float'}
     for key in dict.fromkeys((row.model, row.via, row.recipe) for row in rows if row.recipe != 'float'):
         found = [row.top1 for row in rows if (row.model, row.via, row.recipe) == key]
-        mean, error = statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
+        mean, error = _mean_and_error(found)
         figures = (mean, error, mean - floats[key[:2]], min(found), max(found))
         result.add_row(*key, str(len(found)), *(f'{figure:.2f}' for figure in figures))
     return result
@@ -290,10 +290,15 @@ def engine_means_table(rows: Sequence[EngineRow]) -> Table:
     result = Table('model', 'recipe', 'engine', 'seeds', 'from simulated', 'error', 'lowest', 'highest')
     for key in dict.fromkeys((row.model, row.recipe, row.engine) for row in rows):
         found = [row.top1 - row.simulated for row in rows if (row.model, row.recipe, row.engine) == key]
-        error = f'{statistics.stdev(found) / len(found) ** 0.5:.2f}'
-        mean, lowest, highest = (f'{figure:+.2f}' for figure in (statistics.mean(found), min(found), max(found)))
-        result.add_row(*key, str(len(found)), mean, error, lowest, highest)
+        mean, error = _mean_and_error(found)
+        result.add_row(
+            *key, str(len(found)), f'{mean:+.2f}', f'{error:.2f}', f'{min(found):+.2f}', f'{max(found):+.2f}'
+        )
     return result
+
+
+def _mean_and_error(found: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
 
 
 def engine_table(rows: Sequence[EngineRow]) -> Table:
@@ -351,6 +356,7 @@ def _line(row: Row) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate, print the table, write JSON."""
     args = _parser().parse_args(argv)
+    args.seeds = list(dict.fromkeys(args.seeds))  # an order named twice is one
     console = Console()
     rows: list[Row] = []
     differences: list[Difference] = []
@@ -381,8 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(difference_table(differences))
     if deployed:
         console.print(engine_table(deployed))
-    if deployed and len(args.seeds) > 1:
-        console.print(engine_means_table(deployed))
+        if len(args.seeds) > 1:
+            console.print(engine_means_table(deployed))
     if args.json is not None:
         write_json(args.json, [asdict(row) for row in (*rows, *deployed)])
     return 0
