@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import math
 import os
 import platform
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fqvit_plugin.integer.checkpoint import VERSION, load_integer, save_integer
 from fqvit_plugin.integer.convert import to_integer
 from fqvit_plugin.integer.kernels import KERNELS, int8_matmul, integer_sqrt
+from fqvit_plugin.integer.program import Grid
 from fqvit_plugin.intmath import input_range, int_layernorm, layernorm_constants
 from fqvit_plugin.layers import QAct
 from fqvit_plugin.lifecycle import calibrate_, dequant, quant
@@ -323,9 +325,9 @@ def damage(tensors, part):
     elif part == 'cut':
         tensors['constants'] = tensors['constants'][:-9].clone()
     else:  # shorter or longer than its contents
-        data = zlib.decompress(tensors['constants'].numpy().tobytes())
+        data = lzma.decompress(tensors['constants'].numpy().tobytes())
         data = data[:-2] if part == 'short' else data + b'more'
-        tensors['constants'] = torch.frombuffer(bytearray(zlib.compress(data)), dtype=torch.uint8)
+        tensors['constants'] = torch.frombuffer(bytearray(lzma.compress(data)), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize('part', ['no program', 'no weight', 'cut', 'short', 'long'])
@@ -348,8 +350,8 @@ def test_the_file_is_read_as_the_document_says(tmp_path, options):
     integer = to_integer(calibrated(models.swin(), models.images(2, 56), **options), (56, 56))
     save_integer(integer, tmp_path / 'int.safetensors')
     tensors = {name: tensor.numpy() for name, tensor in load_file(tmp_path / 'int.safetensors').items()}
-    program = json.loads(zlib.decompress(tensors.pop('program').tobytes()))
-    block, start, found = zlib.decompress(tensors.pop('constants').tobytes()), 0, {}
+    program = json.loads(lzma.decompress(tensors.pop('program').tobytes()))
+    block, start, found = lzma.decompress(tensors.pop('constants').tobytes()), 0, {}
     for name, (kind, shape) in program['constants'].items():
         count = math.prod(shape)
         found[name] = np.frombuffer(block, kind, count, start).reshape(shape)
@@ -370,6 +372,11 @@ def test_the_file_is_read_as_the_document_says(tmp_path, options):
             found[name] = found[name] * factors.reshape(shape[0], -1)[:, groups].astype(np.int8)
             grouped += 1
     assert bool(grouped) is ('group_size' in options)
+    assert program['grids'].keys() == integer.program.grids.keys()
+    for name, grid in integer.program.grids.items():
+        fields = [field for field in ('scale', 'zero', 'far') if f'{name}#{field}' in found]
+        numbers = {field: tuple(found.pop(f'{name}#{field}').tolist()) for field in fields}
+        assert grid == Grid(**numbers, bits=program['grids'][name])
     assert found.keys() == integer.program.constants.keys()
     for name, value in integer.program.constants.items():
         assert np.array_equal(found[name], value.numpy()), name
