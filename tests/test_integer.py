@@ -360,8 +360,8 @@ def test_the_file_is_read_as_the_document_says(tmp_path, options):
     grouped = 0
     for name, stored in tensors.items():
         packed = np.frombuffer(zlib.decompress(stored.tobytes()), np.uint8)
-        if name in program['deflated']:
-            found[name] = packed.view(np.int8).reshape(program['deflated'][name])
+        if name in program['int8']:
+            found[name] = packed.view(np.int8).reshape(program['int8'][name])
             continue
         halves = np.stack((packed & 15, packed >> 4), 1).ravel().astype(np.int8)
         shape = program['int4'][name]

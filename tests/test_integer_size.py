@@ -45,6 +45,8 @@ SCHEMES = {
 
 #: the smallest network, where what is no weight takes the largest part, in every scheme
 CASES = [*(('deit_t', scheme) for scheme in SCHEMES), *((n, s) for n in ('deit_s', 'swin_t') for s in '84')]
+SCHEMES['4, factors for 8'] = dict(name='fqvit_w4a4', steps=[], group_size=8), 0.15
+CASES.append(('swin_t', '4, factors for 8'))
 
 
 @pytest.mark.parametrize(('name', 'scheme'), CASES)

@@ -49,6 +49,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     'w4a8 nearest': dict(name='fqvit_w4a8', steps=[]),
     'w4a4': dict(name='fqvit_w4a4'),
     'w4a4 rows': dict(name='fqvit_w4a4', group_size=0),
+    'w4a4 groups of 8': dict(name='fqvit_w4a4', group_size=8),
     'w4a4 unmoved': dict(name='fqvit_w4a4', steps=['equalize', _UNMOVED]),
     'w4a4 nearest': dict(name='fqvit_w4a4', steps=[]),
     'w4a4 equalized': dict(name='fqvit_w4a4', steps=['equalize']),

@@ -1,8 +1,8 @@
 """Integer checkpoints: one safetensors file that needs no config, no float weights, no data and no pickle.
 
-Three kinds of tensors: each layer's weights, in int8, those of fewer bits deflated, of 4 bits two to a byte; every
-other constant, and what lists of numbers the grids have, one after the other in a compressed block; and the program,
-compressed JSON. ``docs/integer.md`` specifies them.
+Three kinds of tensors: each layer's weights, in int8 or of 4 bits two to a byte, deflated; every other constant, and
+the numbers of grids, one after the other in a compressed block; and the program, compressed JSON. ``docs/integer.md``
+specifies them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
     """
     tensors: dict[str, Tensor] = {}
     packed: dict[str, list[int]] = {}
-    narrow: dict[str, list[int]] = {}
+    whole: dict[str, list[int]] = {}
     layout: dict[str, Any] = {}
     block = bytearray()
 
@@ -69,12 +69,8 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
             value, factors = parts
             put(name + _FACTORS, pack(factors))
             put(name + _GROUPS, groups)
-        if fits(value, 4):
-            tensors[name], packed[name] = _deflate(pack(value).numpy().tobytes()), list(value.shape)
-        elif fits(value, 7):
-            tensors[name], narrow[name] = _deflate(value.numpy().tobytes()), list(value.shape)
-        else:  # deflating would take off little
-            tensors[name] = value
+        shapes, stored = (packed, pack(value)) if fits(value, 4) else (whole, value)
+        shapes[name], tensors[name] = list(value.shape), _deflate(stored.numpy().tobytes())
     for name, grid in model.program.grids.items():
         put(name + _GRID['scale'], _floats(grid.scale))
         put(name + _GRID['zero'], torch.tensor(grid.zero, dtype=torch.int32))
@@ -86,7 +82,7 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
         'image_size': model.program.image_size,
         'grids': {name: grid.bits for name, grid in model.program.grids.items()},
         'int4': packed,
-        'deflated': narrow,
+        'int8': whole,
         'constants': layout,
     }
     tensors['constants'] = _compress(bytes(block))
@@ -142,11 +138,11 @@ def _program(tensors: dict[str, Tensor]) -> Program:
     for name, tensor in tensors.items():
         if not name.endswith(_WEIGHT):
             continue
+        data = torch.frombuffer(_inflate(tensor), dtype=torch.uint8)
         if name in stored['int4']:
-            tensor = unpack(torch.frombuffer(_inflate(tensor), dtype=torch.uint8), *stored['int4'][name])
-        elif name in stored['deflated']:
-            tensor = torch.frombuffer(_inflate(tensor), dtype=torch.int8).view(stored['deflated'][name])
-        constants[name] = tensor
+            constants[name] = unpack(data, *stored['int4'][name])
+        else:
+            constants[name] = data.view(torch.int8).view(stored['int8'][name])
         if name + _GROUPS in constants:
             groups[name] = of_columns = constants.pop(name + _GROUPS)
             factors = unpack(constants.pop(name + _FACTORS), len(constants[name]), int(of_columns.max()) + 1) & 15
