@@ -33,8 +33,8 @@ VERSION = 5
 _WEIGHT = ':weight'
 #: What stands behind a weight's name among the constants: factors of 4-bit weights, and the group of each column.
 _FACTORS, _GROUPS = ':factors', ':groups'
-#: What stands behind a tensor's name where its grid's numbers are: a name in the program has no ``#``.
-_GRID = {'scale': '#scale', 'zero': '#zero', 'far': '#far'}
+#: Numbers of a grid that are stored as ``NAME#scale`` and so on: no name in the program has a ``#``.
+_GRID = ('scale', 'zero', 'far')
 _DTYPES = {
     str(dtype).removeprefix('torch.'): dtype
     for dtype in (
@@ -72,10 +72,10 @@ def save_integer(model: IntegerModel, path: str | os.PathLike, meta: dict[str, s
         shapes, stored = (packed, pack(value)) if fits(value, 4) else (whole, value)
         shapes[name], tensors[name] = list(value.shape), _deflate(stored.numpy().tobytes())
     for name, grid in model.program.grids.items():
-        put(name + _GRID['scale'], _floats(grid.scale))
-        put(name + _GRID['zero'], torch.tensor(grid.zero, dtype=torch.int32))
+        put(f'{name}#scale', _floats(grid.scale))
+        put(f'{name}#zero', torch.tensor(grid.zero, dtype=torch.int32))
         if grid.far:
-            put(name + _GRID['far'], torch.tensor(grid.far, dtype=torch.int32))
+            put(f'{name}#far', torch.tensor(grid.far, dtype=torch.int32))
     program = {
         'ops': [dataclasses.asdict(op) for op in model.program.ops],
         'output': model.program.output,
@@ -150,9 +150,7 @@ def _program(tensors: dict[str, Tensor]) -> Program:
     ops = tuple(Op(**{**op, 'inputs': tuple(op['inputs'])}) for op in stored['ops'])
     names = dict.fromkeys(name for op in ops for name in op.constants.values())
     grids = {
-        name: Grid(
-            bits=bits, **{f: tuple(constants[n].tolist()) for f, e in _GRID.items() if (n := name + e) in constants}
-        )
+        name: Grid(bits=bits, **{f: tuple(constants[n].tolist()) for f in _GRID if (n := f'{name}#{f}') in constants})
         for name, bits in stored['grids'].items()
     }
     height, width = stored['image_size']
