@@ -23,12 +23,19 @@ pytestmark = pytest.mark.skipif(compiled.compiler() is None, reason='no C++ comp
 
 X86 = platform.machine() in ('x86_64', 'AMD64')
 #: Other instruction sets than this machine's own; a machine with AVX-512 or AVX2 runs all of them.
-BUILDS = {'generic': '-O3 -fopenmp', 'avx2': '-O3 -march=haswell -fopenmp', 'one thread': '-O1 -march=native'}
+BUILDS = {
+    'generic': '-O3 -fopenmp',
+    'avx2': '-O3 -march=haswell -fopenmp',
+    'without AMX': '-O3 -march=native -mno-amx-int8 -fopenmp',
+    'one thread': '-O1 -march=native',
+}
 
 
 def runs(flags: str) -> bool:
     """Whether this CPU has the instructions."""
-    return 'haswell' not in flags or (X86 and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512'))
+    if 'haswell' in flags:
+        return X86 and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'AVX512')
+    return X86 or 'amx' not in flags
 
 
 def small_vit(channels=48, heads=3, tokens=32, **options):
@@ -89,6 +96,8 @@ def test_other_instruction_sets_give_the_same_codes(pair, name):
     assert_same(native, integer, x)
     if name == 'avx2':
         assert native.isa == 'avx2'
+    if name == 'without AMX':
+        assert native.isa != 'amx-int8'
 
 
 @pytest.mark.parametrize('threads', [1, 2, 5])
@@ -127,7 +136,10 @@ def affine_op(source, output, bits=8, **settings):
 
 
 @pytest.mark.parametrize('flags', [compiled.FLAGS, *BUILDS.values()])
-@pytest.mark.parametrize(('rows', 'depth', 'columns'), [(1, 3, 1), (7, 39, 70), (25, 300, 33), (14, 6, 130)])
+@pytest.mark.parametrize(
+    ('rows', 'depth', 'columns'),
+    [(1, 3, 1), (7, 39, 70), (25, 300, 33), (14, 6, 130), (9, 63, 20), (3, 66, 50), (40, 126, 16)],
+)
 def test_products_and_new_grids_against_pythons_integers(rows, depth, columns, flags):
     if not runs(flags):
         pytest.skip(f'this CPU cannot run {flags}')

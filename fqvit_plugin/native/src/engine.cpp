@@ -35,6 +35,7 @@ static void work(const Step* steps, int64_t count, const Memory& memory, Progres
       last = now;
     }
   }
+  release_tiles();
 }
 
 }  // namespace fq
@@ -42,7 +43,7 @@ static void work(const Step* steps, int64_t count, const Memory& memory, Progres
 extern "C" {
 
 // The instruction set that this build uses.
-const char* fq_isa() { return FQ_ISA; }
+const char* fq_isa() { return fq::HAS_AMX ? "amx-int8" : FQ_ISA; }
 
 // Bytes of a struct, by kind; -1 when there is no such kind.
 int64_t fq_size(int64_t kind) {

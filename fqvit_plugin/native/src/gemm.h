@@ -4,16 +4,16 @@
 // stays in registers over the whole depth.
 #pragma once
 
+#include "amx.h"
 #include "common.h"
 
 namespace fq {
 
 constexpr int MAX_COLUMNS = MAX_VECTORS * LANES;
+constexpr int MAX_ROWS = AMX_ROWS;  // the most of all
 #if FQ_AVX512
-constexpr int MAX_ROWS = 12;
 constexpr int rows_of(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #else
-constexpr int MAX_ROWS = 6;
 constexpr int rows_of(int vectors) { return vectors == 2 ? 4 : 6; }
 #endif
 
@@ -194,12 +194,17 @@ static void gemm_part(const Gemm& g, const Memory& memory, int64_t from, int64_t
   uint8_t* y = memory.at(g.y);
   const uint8_t* residual = ADD ? memory.at(g.residual) : nullptr;
   int64_t column = panels.start(p), depth = fours(g.depth);
-  int vectors = panels.width(p), most = rows_of(vectors);
+  int vectors = panels.width(p);
+  const bool in_amx = HAS_AMX && depth >= AMX_FOURS;
+  const int most = in_amx ? AMX_ROWS : rows_of(vectors);
   const int8_t* weight = g.weight + column * depth * 4;
   for (int64_t row = from; row < to;) {
     int rows = tile_rows(to - row, most);
-    tile_of(rows, vectors)(x + row * g.depth, g.depth, weight, depth, g.start + column, sums,
-                           MAX_COLUMNS);
+    const uint8_t* a = x + row * g.depth;
+    if (in_amx)
+      amx_tile(rows, vectors, a, g.depth, weight, depth, g.start + column, sums, MAX_COLUMNS);
+    else
+      tile_of(rows, vectors)(a, g.depth, weight, depth, g.start + column, sums, MAX_COLUMNS);
     for (int r = 0; r < rows; ++r, ++row) {
       int64_t target = row;
       if (g.map != nullptr) {
