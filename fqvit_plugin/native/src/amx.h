@@ -40,11 +40,15 @@ static inline bool ask_for_tiles() {
 }
 static const bool HAS_AMX = ask_for_tiles();
 
+// Compilers do not see all that tile instructions read: what lies there stands in memory from here on.
+FQ_INLINE void written(const void* place) { asm volatile("" ::"r"(place) : "memory"); }
+
 static thread_local int shaped_rows = 0;  // what this thread's tiles are shaped for; 0: nothing
 
 FQ_INLINE void shape_tiles(int rows) {
   if (shaped_rows == rows) return;
   const TileShapes shapes(rows);
+  written(&shapes);
   _tile_loadconfig(&shapes);
   shaped_rows = rows;
 }
@@ -92,7 +96,7 @@ static inline void amx_tile(int rows, int vectors, const uint8_t* a, int64_t str
     std::memset(last + r * 64, 0, 64 - rest);
     std::memcpy(last + (r + 1) * 64 - rest, a + r * stride + depth * 4 - rest, rest);
   }
-  asm volatile("" ::: "memory");  // compilers do not see what tile instructions read
+  written(last);
   shape_tiles(rows);
   const auto pair = rows > 16 ? amx_block<2, 2> : amx_block<1, 2>, single = rows > 16 ? amx_block<2, 1> : amx_block<1, 1>;
   const int64_t w_stride = vectors * LANES * 4;
