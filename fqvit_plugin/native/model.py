@@ -64,7 +64,7 @@ class NativeModel(nn.Module):
 
     @property
     def isa(self) -> str:
-        """The instruction set of the compiled engine: amx-int8, avx512-vnni, avx512, avx-vnni, avx2 or generic."""
+        """The instruction set that the engine uses here: amx-int8, avx512-vnni, avx512, avx-vnni, avx2 or generic."""
         return str(self._library.fq_isa().decode())
 
     @property

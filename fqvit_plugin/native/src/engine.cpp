@@ -42,7 +42,7 @@ static void work(const Step* steps, int64_t count, const Memory& memory, Progres
 
 extern "C" {
 
-// The instruction set that this build uses.
+// The instruction set that this build uses on this machine.
 const char* fq_isa() { return fq::HAS_AMX ? "amx-int8" : FQ_ISA; }
 
 // Bytes of a struct, by kind; -1 when there is no such kind.

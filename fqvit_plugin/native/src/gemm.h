@@ -10,7 +10,7 @@
 namespace fq {
 
 constexpr int MAX_COLUMNS = MAX_VECTORS * LANES;
-constexpr int MAX_ROWS = AMX_ROWS;  // the most of all
+constexpr int MAX_ROWS = AMX_ROWS;  // of a tile of any kind
 #if FQ_AVX512
 constexpr int rows_of(int vectors) { return vectors == 4 ? 6 : vectors == 3 ? 8 : 12; }
 #else
